@@ -1,0 +1,118 @@
+"""What is measured, and what came out: the two records that everything in this room passes around."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+Mode = Literal["inference", "training"]
+
+MODES = ("inference", "training")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BenchmarkError(Exception):
+    """Something the user asked for cannot be done; the message is one line that says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One question: how fast is `model` at this batch, size, dtype and device?
+
+    :raises BenchmarkError: if a value is out of range, or the device is not there.
+    """
+
+    model: str
+    mode: Mode = "inference"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    batch_size: int = 16
+    image_size: int = 224
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise BenchmarkError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.dtype not in DTYPES:
+            raise BenchmarkError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("batch_size", "image_size", "threads"):
+            if getattr(self, name) < 1:
+                raise BenchmarkError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One variant of one case. Speeds are None, and `error` says why, if it did not run or is wrong.
+
+    `peak_memory_bytes` is the most that one call held above what was held before it, None where that
+    cannot be measured; `saved_bytes` (training) is what is kept between forward and backward.
+    """
+
+    model: str
+    mode: str
+    device: str
+    dtype: str
+    batch_size: int
+    image_size: int
+    threads: int
+    variant: str
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    images_per_second: float | None = None
+    speedup_vs_eager: float | None = None
+    relative_error: float | None = None
+    error_budget: float | None = None
+    peak_memory_bytes: int | None = None
+    saved_bytes: int | None = None
+    first_call_ms: float | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them: an infinite or undefined number becomes null."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def of(cls, case: Case, variant: str, **values: Any) -> Result:
+        """The result of `variant` in `case`."""
+        shared = {field.name: getattr(case, field.name) for field in fields(case)}
+        return cls(**shared, variant=variant, **values)
+
+
+def check_device(name: str) -> torch.device:
+    """The device called `name`, if this machine has it.
+
+    :raises BenchmarkError: if the name means nothing or the device is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BenchmarkError(f"unknown device {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BenchmarkError(f"device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("device cuda: this torch sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BenchmarkError(f"device {name}: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is the way in which Python or torch says that memory has run out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "out of memory" in text or "std::bad_alloc" in text
+    )
