@@ -1,0 +1,169 @@
+"""Every operator as plain PyTorch: the oracle of the tests, and the backend of last resort.
+
+Each function is the formula of its operator and nothing more. Low-precision data is lifted to the
+dtype of its statistics for the arithmetic and rounded once at the end, as the kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops.schema import statistics_dtype
+
+
+def activation(name: str, negative_slope: float) -> Callable[[Tensor], Tensor]:
+    """The activation called `name` as a function of one tensor."""
+    return {
+        "none": lambda x: x,
+        "relu": torch.relu,
+        "relu6": F.relu6,
+        "leaky_relu": lambda x: F.leaky_relu(x, negative_slope),
+        "silu": F.silu,
+        "hardswish": F.hardswish,
+        "gelu": F.gelu,
+    }[name]
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """View a vector of one number per channel so that it broadcasts over (N, C, ...)."""
+    return vector.view([1, -1] + [1] * (like.dim() - 2))
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: str,
+    negative_slope: float,
+) -> Tensor:
+    """y = act(conv2d(input, weight) · scale + shift [+ residual])."""
+    y = F.conv2d(input, weight, None, stride, padding, dilation, groups)
+    if scale is None and shift is None:
+        scale = y.new_ones(y.shape[1], dtype=statistics_dtype(y.dtype))
+    if scale is None:
+        assert shift is not None
+        scale = torch.ones_like(shift)
+    if shift is None:
+        shift = torch.zeros_like(scale)
+    return scale_shift_act(y, scale, shift, residual, act, negative_slope)
+
+
+def scale_shift_act(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
+) -> Tensor:
+    """y = act(input · scale[c] + shift[c] [+ residual])."""
+    dtype = statistics_dtype(input.dtype)
+    y = input.to(dtype) * per_channel(scale, input) + per_channel(shift, input)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return activation(act, negative_slope)(y).to(input.dtype)
+
+
+def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel over all other dimensions."""
+    dims = [d for d in range(input.dim()) if d != 1]
+    if input.numel() == 0:
+        empty = input.new_zeros(input.shape[1], dtype=statistics_dtype(input.dtype))
+        return empty, empty.clone()
+    var, mean = torch.var_mean(input.to(statistics_dtype(input.dtype)), dims, correction=0)
+    return mean, var
+
+
+def bn_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = act((input − mean) / √(var + eps) · weight + bias [+ residual]), and mean, var."""
+    mean, var = batch_statistics(input)
+    dtype = statistics_dtype(input.dtype)
+    y = (input.to(dtype) - per_channel(mean, input)) * per_channel((var + eps).rsqrt(), input)
+    if weight is not None:
+        y = y * per_channel(weight, input)
+    if bias is not None:
+        y = y + per_channel(bias, input)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    return activation(act, negative_slope)(y).to(input.dtype), mean, var
+
+
+def activation_backward(
+    grad: Tensor,
+    argument: Tensor,
+    output: Tensor | None,
+    act: str,
+    negative_slope: float,
+) -> Tensor:
+    """grad · act′(argument); a piecewise linear act′ is read off `output` where that is given."""
+    if output is not None and act in ("relu", "relu6", "leaky_relu"):
+        argument = output.to(grad.dtype)
+    aten = torch.ops.aten
+    if act == "none":
+        return grad
+    if act == "relu":
+        return aten.threshold_backward(grad, argument, 0)
+    if act == "relu6":
+        return aten.hardtanh_backward(grad, argument, 0, 6)
+    if act == "leaky_relu":
+        return aten.leaky_relu_backward(grad, argument, negative_slope, False)
+    if act == "silu":
+        return aten.silu_backward(grad, argument)
+    if act == "hardswish":
+        return aten.hardswish_backward(grad, argument)
+    return aten.gelu_backward(grad, argument)
+
+
+def bn_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`bn_act` by input, residual (empty without one), weight and bias."""
+    dtype = statistics_dtype(input.dtype)
+    dims = [d for d in range(input.dim()) if d != 1]
+    rstd = (var + eps).rsqrt()
+    xhat = (input.to(dtype) - per_channel(mean, input)) * per_channel(rstd, input)
+    argument = xhat
+    if weight is not None:
+        argument = argument * per_channel(weight, input)
+    if bias is not None:
+        argument = argument + per_channel(bias, input)
+    if residual is not None:
+        argument = argument + residual.to(dtype)
+    grad = activation_backward(grad_output.to(dtype), argument, output, act, negative_slope)
+    grad_bias = grad.sum(dims)
+    grad_weight = (grad * xhat).sum(dims)
+    count = max(input.numel() // max(input.shape[1], 1), 1)
+    grad_input = (
+        grad - per_channel(grad_bias / count, input) - xhat * per_channel(grad_weight / count, input)
+    ) * per_channel(rstd if weight is None else rstd * weight, input)
+    grad_residual = grad.to(input.dtype) if has_residual else input.new_empty(0)
+    return grad_input.to(input.dtype), grad_residual, grad_weight, grad_bias

@@ -1,0 +1,109 @@
+"""Every operator of the library: its schema and what it does to shapes, dtypes and strides.
+
+This file needs torch and nothing else. Backends only implement what is defined here:
+
+* ``csrc/cpu`` registers the CPU kernels when the compiled library is loaded,
+* ``backends/reference.py`` registers plain PyTorch for every device without a kernel of its own.
+
+``act`` is one of :data:`ACTIVATIONS`; ``negative_slope`` is read by ``leaky_relu`` only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+NAMESPACE = "resnet_fused"
+
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu")
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+# y = act(conv(x, w) * scale + shift [+ residual])
+_library.define(
+    "conv_bn_act(Tensor input, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+    "str act, float negative_slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# y = act(x * scale + shift [+ residual]), scale and shift one number per channel
+_library.define(
+    "scale_shift_act(Tensor input, Tensor scale, Tensor shift, Tensor? residual, "
+    "str act, float negative_slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# y = act((x - mean) / sqrt(var + eps) * weight + bias [+ residual]) with the batch's own mean and
+# biased variance, which are returned: updating running statistics is the caller's business.
+_library.define(
+    "bn_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
+    "str act, float negative_slope) -> (Tensor output, Tensor mean, Tensor var)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The mask of a piecewise linear activation comes from `output`; without a residual it is recomputed
+# from `input`, and `output` is not needed. The others recompute their argument and need `residual`.
+_library.define(
+    "bn_act_backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? output, "
+    "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+    "str act, float negative_slope, bool has_residual) "
+    "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of per-channel vectors beside data of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def conv_output_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[int, int, int, int]:
+    """The shape of ``conv2d(input, weight)``."""
+    height, width = (
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    )
+    return input.shape[0], weight.shape[0], height, width
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether eager PyTorch would give an operator's output channels_last strides for this input."""
+    return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
+
+
+@torch.library.register_fake(f"{NAMESPACE}::conv_bn_act", lib=_library)
+def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, act, slope):
+    channels_last = is_channels_last(input) or is_channels_last(weight)
+    return input.new_empty(
+        conv_output_size(input, weight, stride, padding, dilation),
+    ).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scale_shift_act", lib=_library)
+def _(input, scale, shift, residual, act, slope):
+    return _like(input)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)
+def _(input, residual, weight, bias, eps, act, slope):
+    mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
+    return _like(input), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward", lib=_library)
+def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
+    grad_residual = _like(input) if has_residual else input.new_empty(0)
+    return _like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _like(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
