@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn1(self.conv1(x)))
+
+
+class FrozenNorm(Chain):
+    """Fine-tuning with fixed statistics: train() leaves the normalisation in evaluation mode."""
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.bn1.eval()
+        return self
 
 
 class Written(nn.Module):
@@ -705,12 +715,11 @@ def hooked_before(name: str) -> nn.Module:
 def instance_forward() -> nn.Module:
     """A conv whose forward is replaced on the instance, as some quantisation and tracing tools do."""
     model = BiasedBlock(8)
-    plain = model.conv1
 
-    def doubled(input: Tensor) -> Tensor:
-        return 2.0 * F.conv2d(input, plain.weight, plain.bias, padding=1)
+    def doubled(self: nn.Conv2d, input: Tensor) -> Tensor:
+        return 2.0 * F.conv2d(input, self.weight, self.bias, padding=1)
 
-    model.conv1.forward = doubled  # type: ignore[method-assign]
+    model.conv1.forward = MethodType(doubled, model.conv1)  # type: ignore[method-assign]
     return model
 
 
@@ -820,7 +829,7 @@ ZOO: dict[str, ZooEntry] = {
     "no_statistics": ZooEntry(lambda: Chain(conv3(8), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())),
     "cumulative": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8, momentum=None), nn.ReLU())),
     "momentum_0.9": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8, momentum=0.9, eps=0.1), nn.ReLU())),
-    "frozen_statistics": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8).eval(), nn.ReLU())),
+    "frozen_statistics": chain(lambda: FrozenNorm(conv3(8), nn.BatchNorm2d(8), nn.ReLU())),
     # convolutions
     "stride_2": chain(lambda: Chain(conv3(8, 5, stride=2), nn.BatchNorm2d(5), nn.ReLU())),
     "stem_7x7": chain(
