@@ -22,7 +22,8 @@ class BenchmarkError(Exception):
 class Case:
     """One question: how fast is `model` at this batch, size, dtype and device?
 
-    :raises BenchmarkError: if a value is out of range, or the device is not there.
+    Raises:
+        BenchmarkError: if a value is out of range, or the device is not there.
     """
 
     model: str
@@ -93,7 +94,8 @@ class Result:
 def check_device(name: str) -> torch.device:
     """The device called `name`, if this machine has it.
 
-    :raises BenchmarkError: if the name means nothing or the device is not there.
+    Raises:
+        BenchmarkError: if the name means nothing or the device is not there.
     """
     try:
         device = torch.device(name)
@@ -116,3 +118,9 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator" in text or "out of memory" in text or "std::bad_alloc" in text
     )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line; one of ours speaks for itself, others show their type."""
+    text = str(error).strip().partition("\n")[0]
+    return text if isinstance(error, BenchmarkError) else f"{type(error).__name__}: {text}"

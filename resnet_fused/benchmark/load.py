@@ -19,7 +19,7 @@ from torch import nn
 
 from resnet_fused.models import MODELS
 
-from .case import BenchmarkError
+from .case import BenchmarkError, one_line
 
 # What torchvision's compiled part would define and its Python part needs to be there at import.
 _TORCHVISION_SCHEMAS = {
@@ -41,8 +41,9 @@ class LoadError(BenchmarkError):
 def load_model(name: str) -> nn.Module:
     """The module that `name` stands for, with random weights unless its factory loads some.
 
-    :raises LoadError: for an unknown model, a package that is missing, a file or factory that is
-        missing, and a factory that raises or does not return a module.
+    Raises:
+        LoadError: for an unknown model, a package that is missing, a file or factory that is
+            missing, and a factory that raises or does not return a module.
     """
     prefix, _, rest = name.partition(":")
     if prefix == "torchvision" and rest:
@@ -68,7 +69,8 @@ def import_torchvision() -> ModuleType:
     Its Python part registers fakes for operators which only the compiled part defines, so the import
     fails there; the operators it asks for are declared (without a kernel) and the import tried again.
 
-    :raises LoadError: if it is not installed, or fails for another reason.
+    Raises:
+        LoadError: if it is not installed, or fails for another reason.
     """
     for _ in range(len(_TORCHVISION_SCHEMAS) + 1):
         try:
@@ -78,7 +80,7 @@ def import_torchvision() -> ModuleType:
         except (ImportError, RuntimeError) as error:
             found = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if found is None or found[1] not in _TORCHVISION_SCHEMAS:
-                raise LoadError(f"torchvision cannot be imported: {_line(error)}") from error
+                raise LoadError(f"torchvision cannot be imported: {one_line(error)}") from error
             _forget("torchvision")
             if not _torchvision_library:
                 _torchvision_library.append(torch.library.Library("torchvision", "FRAGMENT"))
@@ -130,7 +132,7 @@ def _load_file(path: Path, factory: str) -> nn.Module:
     except LoadError:
         raise
     except (Exception, SystemExit) as error:
-        raise LoadError(f"{path}:{factory} raised {_line(error)}") from error
+        raise LoadError(f"{path}:{factory} raised {one_line(error)}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
     if not isinstance(model, nn.Module):
@@ -151,11 +153,6 @@ def _missing(package: str, error: ModuleNotFoundError | None) -> LoadError:
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" (did you mean {', '.join(close)}?)" if close else ""
-
-
-def _line(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def _forget(package: str) -> None:

@@ -9,9 +9,6 @@ from .builders import (
     plain34,
     plain44,
     plain56,
-    resnet101,
-    resnet110,
-    resnet152,
     resnet18,
     resnet20,
     resnet32,
@@ -19,10 +16,13 @@ from .builders import (
     resnet44,
     resnet50,
     resnet56,
-    resnext101_32x8d,
+    resnet101,
+    resnet110,
+    resnet152,
     resnext50_32x4d,
-    wide_resnet101_2,
+    resnext101_32x8d,
     wide_resnet50_2,
+    wide_resnet101_2,
 )
 from .networks import CifarResNet, ResNet
 

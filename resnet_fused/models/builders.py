@@ -49,22 +49,32 @@ def resnet152(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:
 
 def resnext50_32x4d(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:
     """ResNeXt-50 32x4d (Xie et al. 2017, https://arxiv.org/abs/1611.05431)."""
-    return _finish(ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, groups=32, width_per_group=4), fused)
+    return _finish(
+        ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, groups=32, width_per_group=4),
+        fused,
+    )
 
 
 def resnext101_32x8d(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:
     """ResNeXt-101 32x8d."""
-    return _finish(ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, groups=32, width_per_group=8), fused)
+    return _finish(
+        ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, groups=32, width_per_group=8),
+        fused,
+    )
 
 
 def wide_resnet50_2(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:
     """Wide ResNet-50-2 (Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146)."""
-    return _finish(ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, width_per_group=128), fused)
+    return _finish(
+        ResNet(Bottleneck, [3, 4, 6, 3], num_classes=num_classes, width_per_group=128), fused
+    )
 
 
 def wide_resnet101_2(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:
     """Wide ResNet-101-2."""
-    return _finish(ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, width_per_group=128), fused)
+    return _finish(
+        ResNet(Bottleneck, [3, 4, 23, 3], num_classes=num_classes, width_per_group=128), fused
+    )
 
 
 def plain18(*, num_classes: int = 1000, fused: bool = False) -> nn.Module:

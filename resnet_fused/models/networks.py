@@ -68,12 +68,21 @@ class ResNet(nn.Module):
 
     Its state dict has the keys, shapes and order of torchvision's ResNet.
 
-    :param block: the kind of block; :class:`PlainBlock` gives the paper's plain network.
-    :param layers: how many blocks each of the four stages has.
-    :param groups: groups of the 3x3 convolution of a bottleneck (ResNeXt, https://arxiv.org/abs/1611.05431).
-    :param width_per_group: 64 is ResNet, more is Wide ResNet (https://arxiv.org/abs/1605.07146).
-    :raises ValueError: for a number that is not a positive integer, or not exactly four stages.
+    Args:
+        block: the kind of block; :class:`PlainBlock` gives the paper's plain network.
+        layers: how many blocks each of the four stages has.
+        groups: groups of the 3x3 convolution of a bottleneck (ResNeXt,
+            https://arxiv.org/abs/1611.05431).
+        width_per_group: 64 is ResNet, more is Wide ResNet (https://arxiv.org/abs/1605.07146).
+
+    Raises:
+        ValueError: for a number that is not a positive integer, or not exactly four stages.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,
@@ -121,10 +130,18 @@ class CifarResNet(nn.Module):
 
     One 3x3 convolution, then three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels.
 
-    :param depth: 6 n + 2: 20, 32, 44, 56 and 110 in the paper.
-    :param shortcut: "A" zero padding, "B" projection where the shape changes, "C" projection everywhere; None: no shortcuts (the plain network).
-    :raises ValueError: for a depth that is not 6 n + 2, an unknown shortcut, or a bad `num_classes`.
+    Args:
+        depth: 6 n + 2: 20, 32, 44, 56 and 110 in the paper.
+        shortcut: "A" zero padding, "B" projection where the shape changes, "C" projection
+            everywhere; None: no shortcuts (the plain network).
+
+    Raises:
+        ValueError: for a depth that is not 6 n + 2, an unknown shortcut, or a bad `num_classes`.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(
         self, depth: int, *, num_classes: int = 10, shortcut: ShortcutOption | None = "A"

@@ -1,0 +1,277 @@
+"""The command line: ``python -m resnet_fused info | explain | verify | bench``.
+
+Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import resnet_fused
+from resnet_fused import benchmark
+from resnet_fused.benchmark import BenchmarkError, Case, Mode, Result
+
+_MODEL_HELP = "resnet50, torchvision:resnet50, timm:resnet50d or path/to/file.py:factory"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error of this program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BenchmarkError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    return run_program(_parser(), argv)
+
+
+def run_program(parser: Parser, argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, call the function that `parser` put at ``args.run``, and return the exit status.
+
+    Everything a user can cause becomes one line on stderr; a traceback is a bug of ours.
+    """
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args(argv)
+        args.argv = argv
+        if args.json is not None and args.json != "-":
+            benchmark.check_writable(Path(args.json))
+        if getattr(args, "plot", None) is not None:
+            benchmark.check_plot(Path(args.plot))
+        command: Callable[[argparse.Namespace], int] = args.run
+        status = command(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("resnet-fused: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BenchmarkError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+    except (MemoryError, RuntimeError) as error:
+        if not benchmark.out_of_memory(error):
+            raise
+        detail = f": {error}" if isinstance(error, MemoryError) and str(error) else ""
+        return _fail(f"out of memory{detail}; try a smaller --batch-size or --image-size")
+
+
+def run_bench(
+    case: Case,
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    *,
+    variants: Sequence[str],
+    repeats: int,
+    json_path: str | None,
+    plot_path: str | None,
+    command: Sequence[str],
+) -> list[Result]:
+    """Measure with a progress bar, print the table, write JSON and plot; ``bench`` and the demo share this.
+
+    With ``json_path`` "-" the JSON goes to stdout and the table to stderr. Arguments and errors as for
+    :func:`resnet_fused.benchmark.run_case`.
+    """
+    with benchmark.ProgressBar() as progress:
+        results = benchmark.run_case(
+            case, model, images, variants=variants, repeats=repeats, progress=progress
+        )
+    benchmark.print_results(results, sys.stderr if json_path == "-" else sys.stdout)
+    _write_json(
+        json_path,
+        {
+            "environment": benchmark.environment(),
+            "command": " ".join(command),
+            "results": [result.to_dict() for result in results],
+        },
+    )
+    if plot_path is not None:
+        benchmark.write_plot(results, Path(plot_path))
+    return results
+
+
+def _info(args: argparse.Namespace) -> int:
+    data = {**benchmark.environment(), "backends": benchmark.backends()}
+    if args.json != "-":
+        for key, value in data.items():
+            if key == "packages":
+                value = ", ".join(f"{name} {v or 'missing'}" for name, v in value.items())
+            if key == "gpus":
+                value = ", ".join(gpu["name"] for gpu in value) or "none"
+            if key == "cpu_features":
+                value = " ".join(value)
+            if key != "backends":
+                print(f"{key + ':':22} {'-' if value is None else value}")
+        rows = [
+            [name, "yes" if b["usable"] else "no", b["reason"] or "", b["cost"] or ""]
+            for name, b in data["backends"].items()
+        ]
+        benchmark.print_table("backends", ("name", "usable", "why not", "cost"), rows, sys.stdout)
+    _write_json(args.json, data)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    model = benchmark.load_model(args.model).eval()
+    explanation = resnet_fused.explain(model)
+    if args.json != "-":
+        print(explanation)
+    _write_json(args.json, {"model": args.model, **explanation.to_dict()})
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    case = case_of(args, model=args.model, mode="training" if args.training else "inference")
+    model = benchmark.load_model(args.model)
+    images = benchmark.random_images(case.batch_size, case.image_size)
+    model = benchmark.prepare_model(model, images, case)
+    images = images.to(case.device, case.torch_dtype)
+    verification = resnet_fused.verify(model, images, training=args.training)
+    if args.json != "-":
+        print(
+            f"{args.model}: {'ok' if verification.ok else 'WRONG'}, relative error of fused "
+            f"{verification.relative_error:.2e}, of eager {verification.eager_relative_error:.2e}, "
+            f"budget {verification.budget:.2e} ({case.mode}, {case.dtype}, against float64)"
+        )
+    _write_json(args.json, {"model": args.model, **verification.to_dict()})
+    return 0 if verification.ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    case = case_of(args, model=args.model, mode=args.mode)
+    variants = benchmark.parse_peers(args.peers, case)
+    results = run_bench(
+        case,
+        benchmark.load_model(args.model),
+        benchmark.random_images(case.batch_size, case.image_size),
+        variants=variants,
+        repeats=args.repeats,
+        json_path=args.json,
+        plot_path=args.plot,
+        command=("resnet-fused", *args.argv),
+    )
+    return 1 if any(r.variant == "fused" and r.error for r in results) else 0
+
+
+def case_of(args: argparse.Namespace, *, model: str, mode: Mode = "inference") -> Case:
+    """The case that the arguments of :func:`add_case_arguments` describe; sets torch's threads."""
+    case = Case(
+        model=model,
+        mode=mode,
+        device=args.device,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        threads=args.threads,
+    )
+    torch.set_num_threads(case.threads)
+    return case
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="resnet-fused",
+        description="Fused residual networks: what is fused, is it right, is it fast.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout")
+        return sub
+
+    add("info", _info, "versions, processor, GPUs, and which backends are usable")
+    explain = add("explain", _explain, "what would be fused in a model, and why the rest would not")
+    explain.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    verify = add(
+        "verify", _verify, "compare the fused model with float64; exit status 0 if it holds, else 1"
+    )
+    verify.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    add_case_arguments(verify, batch_size=2)
+    verify.add_argument(
+        "--training", action="store_true", help="compare loss and gradients as well"
+    )
+    bench = add("bench", _bench, "measure a model against its peers")
+    bench.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    add_case_arguments(bench, batch_size=16)
+    bench.add_argument("--mode", choices=("inference", "training"), default="inference")
+    bench.add_argument(
+        "--peers",
+        default="channels_last,compile",
+        metavar="LIST",
+        help="eager, channels_last, compile, onnxruntime, openvino with commas between, or all, none; "
+        "eager and fused are always measured (default: %(default)s)",
+    )
+    bench.add_argument(
+        "--repeats", type=positive, default=20, metavar="N", help="timed steps (default: 20)"
+    )
+    bench.add_argument("--plot", metavar="FILE", help="draw the result (.png, .pdf or .svg)")
+    return parser
+
+
+def add_case_arguments(
+    parser: argparse.ArgumentParser, *, batch_size: int, device: str = "cpu"
+) -> None:
+    """Add --batch-size, --image-size, --dtype, --device and --threads."""
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=batch_size,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size", type=positive, default=224, metavar="N", help="(default: 224)"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="threads of every variant (default: %(default)s)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _write_json(path: str | None, data: dict[str, Any]) -> None:
+    if path is None:
+        return
+    text = benchmark.json_text(data)
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        benchmark.write_atomically(Path(path), text.encode())
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"resnet-fused: error: {line}", file=sys.stderr)
+    return 2
