@@ -1,0 +1,89 @@
+// Argument checks: every message names the operator, the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace resnet_fused {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// std::runtime_error reaches Python as RuntimeError; STD_TORCH_CHECK would put a C++ file name
+// first.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error("resnet_fused::" + message.str());
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string shape_text(IntHeaderOnlyArrayRef sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(sizes[i]);
+  }
+  return text + "]";
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  if (x.size() != y.size()) return false;
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i] != y[i]) return false;
+  }
+  return true;
+}
+
+// The tensor whose layout the others follow: rank >= 2 with the channels in dimension 1.
+inline void check_data(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check(tensor.dim() >= 2, op, ": ", name,
+        " must have at least 2 dimensions (N, C, ...), got shape ", shape_text(tensor.sizes()));
+  const ScalarType dtype = tensor.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+            dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+        op, ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor,
+                       const Tensor& input) {
+  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check(tensor.scalar_type() == input.scalar_type(), op, ": ", name,
+        " must have the dtype of input, ", dtype_name(input.scalar_type()), ", got ",
+        dtype_name(tensor.scalar_type()));
+  check(same_shape(tensor, input), op, ": ", name, " must have the shape of input, ",
+        shape_text(input.sizes()), ", got ", shape_text(tensor.sizes()));
+}
+
+// One number per channel, in the statistics dtype: float64 beside float64 data, else float32.
+inline void check_vector(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& input) {
+  const ScalarType expected =
+      input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check(tensor.scalar_type() == expected, op, ": ", name, " must be ", dtype_name(expected),
+        " beside ", dtype_name(input.scalar_type()), " input, got ",
+        dtype_name(tensor.scalar_type()));
+  check(tensor.dim() == 1 && tensor.size(0) == input.size(1), op, ": ", name, " must have shape [",
+        input.size(1), "], one number per channel of input, got ", shape_text(tensor.sizes()));
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,173 @@
+// Included inside the namespace of one instruction set, after simd.h.
+
+#include "channel_sums.h"
+
+// ---- pass 1: sums, and the residual's gradient
+// ---------------------------------------------------
+
+template <class A>
+struct SumsTile {
+  const A* grad_output;
+  const A* input;
+  const A* auxiliary;
+  A* grad_residual;
+  double* sum_grad;
+  double* sum_grad_deviation;
+};
+
+template <class A, class Act, MaskFrom mask>
+void sums_tile(const BnActBackward& arguments, const Tile& tile, const SumsTile<A>& data) {
+  const A negative_slope = static_cast<A>(arguments.negative_slope);
+  by_direction(tile.along, [&](auto parameter) __attribute__((always_inline)) {
+    const auto mean = parameter(static_cast<const A*>(arguments.mean), tile.channel);
+    const auto scale = parameter(static_cast<const A*>(arguments.scale), tile.channel);
+    const auto bias = parameter(static_cast<const A*>(arguments.bias), tile.channel);
+    const auto value = [&](int64_t row, int64_t j) __attribute__((always_inline)) {
+      const int64_t i = row * tile.columns + j;
+      const A x = data.input[i];
+      A argument;
+      if (mask == MaskFrom::output) {
+        argument = data.auxiliary[i];
+      } else {
+        argument = normalized(x, mean[j], scale[j], bias[j]);
+        if (mask == MaskFrom::residual) argument += data.auxiliary[i];
+      }
+      const A grad = Act::backward(data.grad_output[i], argument, negative_slope);
+      if (mask != MaskFrom::input) data.grad_residual[i] = grad;
+      return Two<A>{grad, grad * (x - mean[j])};
+    };
+    add_to_channels<A, true>(tile, parameter, value, data.sum_grad, data.sum_grad_deviation);
+  });
+}
+
+template <class A>
+using SumsTileKernel = void (*)(const BnActBackward&, const Tile&, const SumsTile<A>&);
+
+template <class A, MaskFrom mask>
+SumsTileKernel<A> sums_tile(Activation act) {
+  switch (act) {
+    case Activation::none: return &sums_tile<A, None, mask>;
+    case Activation::relu: return &sums_tile<A, Relu, mask>;
+    case Activation::relu6: return &sums_tile<A, Relu6, mask>;
+    case Activation::leaky_relu: return &sums_tile<A, LeakyRelu, mask>;
+    default: break;
+  }
+  // The others cannot be told from their output.
+  constexpr MaskFrom argument = mask == MaskFrom::output ? MaskFrom::residual : mask;
+  switch (act) {
+    case Activation::silu: return &sums_tile<A, Silu, argument>;
+    case Activation::hardswish: return &sums_tile<A, Hardswish, argument>;
+    default: return &sums_tile<A, Gelu, argument>;
+  }
+}
+
+template <class T>
+void backward_sums(const BnActBackward& arguments, Activation act, MaskFrom mask,
+                   const Chunks& chunks, double* sum_grad, double* sum_grad_deviation,
+                   int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const T* grad_output = static_cast<const T*>(arguments.grad_output);
+  const T* input = static_cast<const T*>(arguments.input);
+  const T* auxiliary = static_cast<const T*>(arguments.auxiliary);
+  T* grad_residual = static_cast<T*>(arguments.grad_residual);
+  const auto kernel = mask == MaskFrom::input    ? sums_tile<A, MaskFrom::input>(act)
+                      : mask == MaskFrom::output ? sums_tile<A, MaskFrom::output>(act)
+                                                 : sums_tile<A, MaskFrom::residual>(act);
+  const bool has_residual = grad_residual != nullptr;
+  Input<T> grad_buffer, input_buffer, auxiliary_buffer;
+  Output<T> output_buffer;
+  for (int64_t u = begin; u < end; ++u) {
+    for_tiles_of<T>(chunks.unit(u), chunks.extent, [&](const Tile& tile, int64_t index) {
+      const int64_t n = tile.rows * tile.columns;
+      kernel(arguments, tile,
+             {grad_buffer.read(grad_output + tile.offset, n),
+              input_buffer.read(input + tile.offset, n),
+              has_residual ? auxiliary_buffer.read(auxiliary + tile.offset, n) : nullptr,
+              has_residual ? output_buffer.begin(grad_residual + tile.offset) : nullptr,
+              sum_grad + index, sum_grad_deviation + index});
+      if (has_residual) output_buffer.end(grad_residual + tile.offset, n);
+    });
+  }
+}
+
+// ---- pass 2: the input's gradient
+// ----------------------------------------------------------------
+
+template <class A>
+using InputTileKernel = void (*)(const BnActBackward&, const Tile&, const void* mean_grads,
+                                 const void* slope_grads, const A* g, const A* x, A* result);
+
+template <class A, class Act>
+void input_tile(const BnActBackward& arguments, const Tile& tile, const void* mean_grads,
+                const void* slope_grads, const A* g, const A* x, A* result) {
+  const A negative_slope = static_cast<A>(arguments.negative_slope);
+  by_direction(tile.along, [&](auto parameter) __attribute__((always_inline)) {
+    const auto mean = parameter(static_cast<const A*>(arguments.mean), tile.channel);
+    const auto scale = parameter(static_cast<const A*>(arguments.scale), tile.channel);
+    const auto bias = parameter(static_cast<const A*>(arguments.bias), tile.channel);
+    const auto mean_grad = parameter(static_cast<const A*>(mean_grads), tile.channel);
+    const auto slope_grad = parameter(static_cast<const A*>(slope_grads), tile.channel);
+    for (int64_t row = 0; row < tile.rows * tile.columns; row += tile.columns) {
+#pragma omp simd
+      for (int64_t j = 0; j < tile.columns; ++j) {
+        const A sample = x[row + j];
+        const A grad = Act::backward(g[row + j], normalized(sample, mean[j], scale[j], bias[j]),
+                                     negative_slope);
+        result[row + j] = scale[j] * ((grad - mean_grad[j]) - (sample - mean[j]) * slope_grad[j]);
+      }
+    }
+  });
+}
+
+template <class A>
+InputTileKernel<A> input_tile(Activation act) {
+  switch (act) {
+    case Activation::none: return &input_tile<A, None>;
+    case Activation::relu: return &input_tile<A, Relu>;
+    case Activation::relu6: return &input_tile<A, Relu6>;
+    case Activation::leaky_relu: return &input_tile<A, LeakyRelu>;
+    case Activation::silu: return &input_tile<A, Silu>;
+    case Activation::hardswish: return &input_tile<A, Hardswish>;
+    default: return &input_tile<A, Gelu>;
+  }
+}
+
+template <class T>
+void backward_input(const BnActBackward& arguments, Activation act, const Extent& extent,
+                    const void* mean_grads, const void* slope_grads, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  const T* grad_output = static_cast<const T*>(arguments.grad_output);
+  const T* input = static_cast<const T*>(arguments.input);
+  T* grad_input = static_cast<T*>(arguments.grad_input);
+  const auto kernel = input_tile<A>(act);
+  Input<T> grad_buffer, input_buffer;
+  Output<T> output_buffer;
+  for_tiles<T>(extent, begin, end, [&](const Tile& tile) {
+    const int64_t n = tile.rows * tile.columns;
+    kernel(arguments, tile, mean_grads, slope_grads, grad_buffer.read(grad_output + tile.offset, n),
+           input_buffer.read(input + tile.offset, n),
+           output_buffer.begin(grad_input + tile.offset));
+    output_buffer.end(grad_input + tile.offset, n);
+  });
+}
+
+// ---- by dtype
+// --------------------------------------------------------------------------------------
+
+inline auto backward_sums_kernel(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return &backward_sums<float>;
+    case ScalarType::Double: return &backward_sums<double>;
+    case ScalarType::BFloat16: return &backward_sums<bf16>;
+    default: return &backward_sums<f16>;
+  }
+}
+
+inline auto backward_input_kernel(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return &backward_input<float>;
+    case ScalarType::Double: return &backward_input<double>;
+    case ScalarType::BFloat16: return &backward_input<bf16>;
+    default: return &backward_input<f16>;
+  }
+}

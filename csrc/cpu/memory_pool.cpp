@@ -1,0 +1,199 @@
+#include "memory_pool.h"
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "../common/check.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace resnet_fused {
+namespace {
+
+constexpr size_t kPage = size_t(4) << 10;
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kSmallest = size_t(1) << 20;
+
+struct Block {
+  char* data;
+  size_t bytes;
+};
+
+size_t rounded(size_t bytes) {
+  const size_t unit = bytes < kHugePage ? kPage : kHugePage;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+#if defined(__linux__)
+
+// mmap rather than aligned_alloc: with madvise on malloc's memory the gain was lost (half the
+// speed).
+char* system_allocate(size_t bytes) {
+  const size_t slack = bytes < kHugePage ? 0 : kHugePage;
+  void* mapped =
+      mmap(nullptr, bytes + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  if (slack == 0) return static_cast<char*>(mapped);
+  char* begin = static_cast<char*>(mapped);
+  const size_t head = (kHugePage - reinterpret_cast<size_t>(begin) % kHugePage) % kHugePage;
+  if (head > 0) munmap(begin, head);
+  if (slack > head) munmap(begin + head + bytes, slack - head);
+  madvise(begin + head, bytes, MADV_HUGEPAGE);  // a hint: failure costs speed only
+  return begin + head;
+}
+
+void system_free(Block block) {
+  munmap(block.data, block.bytes);
+}
+
+#else
+
+char* system_allocate(size_t bytes) {
+  return static_cast<char*>(::operator new(bytes, std::align_val_t(64), std::nothrow));
+}
+
+void system_free(Block block) {
+  ::operator delete(block.data, std::align_val_t(64));
+}
+
+#endif
+
+class MemoryPool {
+ public:
+  Block allocate(size_t bytes) {
+    bytes = rounded(bytes);
+    if (Block block = take(bytes); block.data != nullptr) return block;
+    char* data = system_allocate(bytes);
+    if (data == nullptr) {
+      release();
+      data = system_allocate(bytes);
+    }
+    check(data != nullptr, "memory_pool: cannot allocate ", bytes, " bytes");
+    return {data, bytes};
+  }
+
+  void free(Block block) noexcept {
+    std::vector<Block> evicted;
+    if (std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        lock && block.bytes <= limit_) {
+      evicted.reserve(idle_.size());
+      while (idle_bytes_ + block.bytes > limit_) {  // the longest idle first
+        evicted.push_back(idle_.front());
+        idle_bytes_ -= idle_.front().bytes;
+        idle_.erase(idle_.begin());
+      }
+      idle_.push_back(block);
+      idle_bytes_ += block.bytes;
+    } else {
+      evicted.push_back(block);
+    }
+    for (const Block& old : evicted) system_free(old);
+  }
+
+  void release() {
+    std::vector<Block> blocks;
+    if (std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock); lock) {
+      blocks.swap(idle_);
+      idle_bytes_ = 0;
+    }
+    for (const Block& block : blocks) system_free(block);
+  }
+
+  size_t idle_bytes() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    return lock ? idle_bytes_ : 0;
+  }
+
+ private:
+  // The best fitting idle block, if it wastes at most a half of the request. Latest first: it may
+  // still be in cache.
+  Block take(size_t bytes) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return {nullptr, 0};
+    size_t best = idle_.size();
+    for (size_t i = idle_.size(); i-- > 0;) {
+      const size_t size = idle_[i].bytes;
+      if (size >= bytes && size <= bytes + bytes / 2 &&
+          (best == idle_.size() || size < idle_[best].bytes))
+        best = i;
+    }
+    if (best == idle_.size()) return {nullptr, 0};
+    const Block block = idle_[best];
+    idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
+    idle_bytes_ -= block.bytes;
+    return block;
+  }
+
+  static size_t limit_from_environment() {
+    const char* text = std::getenv("RESNET_FUSED_POOL_BYTES");
+    if (text == nullptr || *text == '\0') return size_t(512) << 20;
+    char* end = nullptr;
+    const unsigned long long value = std::strtoull(text, &end, 10);
+    check(*end == '\0' && *text != '-', "RESNET_FUSED_POOL_BYTES must be a number of bytes, got '",
+          text, "'");
+    return value;
+  }
+
+  // Never waited for: a forked child may inherit it locked, and falls back to the system then.
+  std::mutex mutex_;
+  std::vector<Block> idle_;  // the longest idle first
+  size_t idle_bytes_ = 0;
+  const size_t limit_ = limit_from_environment();
+};
+
+MemoryPool& pool() {
+  static MemoryPool* const instance = new MemoryPool;  // outlives tensors that die at exit
+  return *instance;
+}
+
+}  // namespace
+
+size_t element_size(ScalarType dtype) {
+  using torch::stable::detail::from;
+  return aoti_torch_dtype_element_size(torch::stable::detail::to<int32_t>(from(dtype)));
+}
+
+namespace {
+
+Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  using torch::stable::detail::from;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
+                          ScalarType dtype) {
+  size_t bytes = element_size(dtype);
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  if (bytes < kSmallest) return empty_strided(sizes, strides, dtype);
+  const Block block = pool().allocate(bytes);
+  return torch::stable::from_blob(block.data, sizes, strides, cpu, dtype,
+                                  [block](void*) { pool().free(block); });
+}
+
+Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType dtype) {
+  const std::vector<int64_t> strides = dense_strides(sizes, format);
+  return pool_empty_strided(sizes, IntHeaderOnlyArrayRef(strides.data(), strides.size()), dtype);
+}
+
+void pool_release() {
+  pool().release();
+}
+size_t pool_idle_bytes() {
+  return pool().idle_bytes();
+}
+
+}  // namespace resnet_fused

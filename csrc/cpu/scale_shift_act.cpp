@@ -1,0 +1,61 @@
+// y = act(x * scale[c] + shift[c] [+ residual]): batch norm in eval mode, folded into two vectors.
+//
+// Dense data in the layout of `input`. One pass: reads x [and residual], writes y, 2 [3] tensors
+// where eager moves 2 + 2 [+ 3]. It is normalize_act with mean = 0: x - 0 is exact, -0.0 and NaN
+// included.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "channel_vectors.h"
+#include "memory_pool.h"
+#include "normalize_act.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr const char* op = "scale_shift_act";
+
+template <class A>
+void run(const Tensor& x, const void* residual, const Tensor& scale, const Tensor& shift,
+         MemoryFormat format, Activation act, double negative_slope, Tensor& output) {
+  const int64_t channels = x.size(1);
+  const VectorArgument<A> scale_data(op, "scale", scale, x), shift_data(op, "shift", shift, x);
+  if (x.numel() == 0) return;
+  const Extent shape = folded(extent(x, format));
+  std::vector<A> zeros(shape.channels), scales(shape.channels), shifts(shape.channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    scales[c] = scale_data(c, A(1));
+    shifts[c] = shift_data(c, A(0));
+  }
+  repeat(scales, channels);
+  repeat(shifts, channels);
+  normalize_act({x.const_data_ptr(), residual, output.mutable_data_ptr(), shape, zeros.data(),
+                 scales.data(), shifts.data(), negative_slope},
+                x.scalar_type(), act);
+}
+
+Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                       const std::optional<Tensor>& residual, const std::string& act,
+                       double negative_slope) {
+  const Activation activation = parse_activation(op, act);
+  check_data(op, "input", input);
+  if (residual) check_like(op, "residual", *residual, input);
+  const MemoryFormat format = suggested_format(input);
+  const Tensor x = dense(input, format);
+  const Tensor r = residual ? dense(*residual, format) : x;
+  Tensor output = pool_empty(input.sizes(), format, input.scalar_type());
+  const auto body = input.scalar_type() == ScalarType::Double ? &run<double> : &run<float>;
+  body(x, residual ? r.const_data_ptr() : nullptr, scale, shift, format, activation, negative_slope,
+       output);
+  return output;
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("scale_shift_act", TORCH_BOX(&resnet_fused::scale_shift_act));
+}

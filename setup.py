@@ -1,0 +1,67 @@
+"""The compiled library; all other metadata is in pyproject.toml.
+
+``resnet_fused._C_cpu`` uses the stable ABI of LibTorch and no Python API, so one build serves every
+Python >= 3.10 and torch >= 2.11. It is loaded with ``torch.ops.load_library``. Build with
+``pip install --no-build-isolation .``: an isolated build would download another torch.
+"""
+
+import glob
+import os
+import shutil
+import sys
+
+from setuptools import setup
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    raise SystemExit(
+        f"resnet_fused: torch cannot be imported here ({error}). Install torch first, then build "
+        "with: pip install --no-build-isolation ."
+    ) from error
+
+TORCH_2_11 = "0x020b000000000000"
+
+if sys.platform == "win32":
+    COMPILE = ["/O2", "/openmp:experimental"]
+else:
+    # NaN and signed zeros are kept: everything that -ffast-math stands for but the two harmless parts.
+    COMPILE = [
+        "-O3",
+        "-fopenmp-simd",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-g0",
+    ]
+
+cpu = CppExtension(
+    "resnet_fused._C_cpu",
+    sorted(glob.glob("csrc/cpu/*.cpp")),
+    define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11)],
+    extra_compile_args=COMPILE,
+    depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+    py_limited_api=True,
+)
+
+
+class Build(BuildExtension):
+    """Builds nothing, with one warning, where there is no C++ compiler."""
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++").split()[0]
+        if shutil.which(compiler) is None:
+            self.warn(
+                f"no C++ compiler ({compiler!r} not found; set CXX to name one): resnet_fused is "
+                "installed without its compiled CPU kernels, and runs as plain PyTorch on the CPU"
+            )
+            self.extensions = []
+        super().run()
+
+
+setup(
+    ext_modules=[cpu],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
