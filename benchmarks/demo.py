@@ -1,9 +1,10 @@
 """ResNet-50 on real photographs, plain PyTorch against fused: ``make demo``.
 
-    python benchmarks/demo.py [--batch-size N] [--repeats N] [--plot FILE] [--json FILE]
+    python benchmarks/demo.py [--batch-size N] [--repeats N] [--peers LIST] [--plot FILE]
 
-The weights are random (nothing is downloaded), so the classes mean nothing; speed and exactness do not
-depend on what the weights are. The photographs are the two that scikit-learn brings, cropped at random places.
+The weights are random (nothing is downloaded), so the classes mean nothing; speed and exactness
+do not depend on what the weights are. The photographs are the two that scikit-learn brings,
+cropped at random places.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ import torch
 
 from resnet_fused import benchmark, cli
 
-_VARIANTS = ("eager", "eager_channels_last", "compile", "fused")
-
 
 def demo(args: argparse.Namespace) -> int:
     """Print the table and write the plot; 1 if the fused model's result is wrong."""
     case = cli.case_of(args, model="resnet50")
     print(
         f"ResNet-50 with RANDOM weights on {case.batch_size} crops of two real photographs, "
-        f"{case.image_size}x{case.image_size}, on {case.device}. torch.compile needs a while.",
+        f"{case.image_size}x{case.image_size}, on {case.device}.",
         flush=True,
     )
     torch.manual_seed(0)
@@ -31,7 +30,7 @@ def demo(args: argparse.Namespace) -> int:
         case,
         benchmark.load_model(case.model),
         benchmark.photographs(case.batch_size, case.image_size),
-        variants=_VARIANTS,
+        variants=benchmark.parse_peers(args.peers, case),
         repeats=args.repeats,
         json_path=args.json,
         plot_path=args.plot,
@@ -50,6 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--repeats", type=cli.positive, default=9, metavar="N", help="timed steps of each variant"
     )
+    parser.add_argument("--peers", default="channels_last,compile", help="as for bench")
     parser.add_argument("--plot", default="demo.png", metavar="FILE", help="(default: demo.png)")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON")
     return cli.run_program(parser)

@@ -1,6 +1,6 @@
 """The command line: ``python -m resnet_fused info | explain | verify | bench``.
 
-Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr says what), 130 interrupted.
+Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_program(parser: Parser, argv: Sequence[str] | None = None) -> int:
-    """Parse `argv`, call the function that `parser` put at ``args.run``, and return the exit status.
+    """Parse `argv`, call the function that `parser` put at ``args.run``, return the exit status.
 
     Everything a user can cause becomes one line on stderr; a traceback is a bug of ours.
     """
@@ -78,10 +78,10 @@ def run_bench(
     plot_path: str | None,
     command: Sequence[str],
 ) -> list[Result]:
-    """Measure with a progress bar, print the table, write JSON and plot; ``bench`` and the demo share this.
+    """Measure with a progress bar, print the table, write JSON and plot: all that ``bench`` does.
 
-    With ``json_path`` "-" the JSON goes to stdout and the table to stderr. Arguments and errors as for
-    :func:`resnet_fused.benchmark.run_case`.
+    With ``json_path`` "-" the JSON goes to stdout and the table to stderr. Arguments and errors
+    as for :func:`resnet_fused.benchmark.run_case`.
     """
     with benchmark.ProgressBar() as progress:
         results = benchmark.run_case(
@@ -213,8 +213,8 @@ def _parser() -> Parser:
         "--peers",
         default="channels_last,compile",
         metavar="LIST",
-        help="eager, channels_last, compile, onnxruntime, openvino with commas between, or all, none; "
-        "eager and fused are always measured (default: %(default)s)",
+        help="eager, channels_last, compile, onnxruntime, openvino with commas between, or all, or "
+        "none; eager and fused are always measured (default: %(default)s)",
     )
     bench.add_argument(
         "--repeats", type=positive, default=20, metavar="N", help="timed steps (default: 20)"

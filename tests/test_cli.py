@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from resnet_fused.benchmark import out_of_memory
 from resnet_fused.cli import Parser, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("resnet20", "--image-size", "32", "--batch-size", "2")
+SMALL = ("resnet20", "--image-size", "32", "--batch-size", "2", "--threads", "1")
+
+
+# Without the compiled library a warning comes first, which is another test's business.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def command(*args: str) -> list[str]:
@@ -24,7 +29,13 @@ def command(*args: str) -> list[str]:
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*args), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        command(*args),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -107,7 +118,7 @@ def test_bench_json_on_stdout_is_json_alone() -> None:
 def test_bad_input_is_one_line_and_status_2(
     args: tuple[str, ...], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, as starting Python fourteen times takes long; one subprocess follows below."""
+    """In this process, as starting Python fourteen times takes long."""
     from resnet_fused.cli import main
 
     status = main(args)
@@ -138,6 +149,7 @@ def test_ctrl_c() -> None:
     process = subprocess.Popen(
         command("bench", *SMALL, "--peers", "none", "--repeats", "100000"),
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,8 +201,9 @@ def test_demo(tmp_path: Path) -> None:
     plot, path = tmp_path / "demo.png", tmp_path / "demo.json"
     done = subprocess.run(
         [sys.executable, "benchmarks/demo.py", "--peers", "none", "--batch-size", "1",
-         "--image-size", "64", "--repeats", "1", "--plot", str(plot), "--json", str(path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+         "--image-size", "64", "--repeats", "1", "--threads", "1", "--plot", str(plot), "--json",
+         str(path)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "RANDOM weights" in done.stdout

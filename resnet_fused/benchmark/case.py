@@ -1,4 +1,4 @@
-"""What is measured, and what came out: the two records that everything in this room passes around."""
+"""What is measured, and what came out: the records that the rest of this package passes on."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One variant of one case. Speeds are None, and `error` says why, if it did not run or is wrong.
+    """One variant of one case; without a speed if it did not run or is wrong: `error` says why.
 
-    `peak_memory_bytes` is the most that one call held above what was held before it, None where that
-    cannot be measured; `saved_bytes` (training) is what is kept between forward and backward.
+    `peak_memory_bytes` is the most that one call held above what was held before it, None where
+    that cannot be measured; `saved_bytes` (training) is what is kept between forward and
+    backward.
     """
 
     model: str

@@ -12,11 +12,27 @@ from typing import Any
 import torch
 
 # The instruction sets that decide how fast convolutions are.
-_FLAGS = (
-    ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-    + ("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
-    + ("asimd", "sve", "bf16", "i8mm")
-)
+_FLAGS = [
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "bf16",
+    "i8mm",
+]
 _PACKAGES = ("triton", "torchvision", "timm", "onnxruntime", "openvino", "rich", "matplotlib")
 
 
@@ -50,7 +66,7 @@ def backends() -> dict[str, dict[str, Any]]:
     }
     costs = {
         "reference": None,
-        "native": "every fused module runs as plain PyTorch operators on the CPU: correct, not faster",
+        "native": "fused modules run as plain PyTorch operators on the CPU: correct, not faster",
     }
     return {
         name: {

@@ -66,8 +66,9 @@ def load_model(name: str) -> nn.Module:
 def import_torchvision() -> ModuleType:
     """torchvision, also where its compiled part does not load (a CPU-only torch).
 
-    Its Python part registers fakes for operators which only the compiled part defines, so the import
-    fails there; the operators it asks for are declared (without a kernel) and the import tried again.
+    Its Python part registers fakes for operators which only the compiled part defines, so the
+    import fails there; the operators it asks for are declared (without a kernel) and the import
+    tried again.
 
     Raises:
         LoadError: if it is not installed, or fails for another reason.

@@ -1,8 +1,8 @@
-"""Time and memory of several callables, fairly: interleaved, each after a pause and an untimed call.
+"""Time and memory of several callables, fairly: in turns, after a pause and an untimed call.
 
-The threads of OpenMP and of ONNX Runtime go on spinning for a while after a call and halve the speed of
-whatever runs next. So before each timed call comes a pause, in which the last one's threads fall asleep,
-and one untimed call, which wakes this one's and brings its weights back.
+The threads of OpenMP and of ONNX Runtime go on spinning for a while after a call and halve the
+speed of whatever runs next. So before each timed call comes a pause, in which the last one's
+threads fall asleep, and one untimed call, which wakes this one's and brings its weights back.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def time_once(call: Call, *, device: torch.device) -> float:
 def peak_memory(call: Call, *, device: torch.device) -> int | None:
     """Bytes that one call of `call` holds, at most, above what was held before it.
 
-    On a GPU the caching allocator counts them. On Linux they are the growth of the resident set, after free memory
-    was given back to the system, so memory that a library keeps between calls does not show. None elsewhere.
+    On a GPU the caching allocator counts them. On Linux they are the growth of the resident set,
+    after free memory was given back to the system, so memory that a library keeps between calls
+    does not show. None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -112,7 +113,8 @@ def peak_memory(call: Call, *, device: torch.device) -> int | None:
 def saved_bytes(model: nn.Module, forward: Call) -> int:
     """Bytes that autograd keeps between forward and backward, parameters and buffers not counted.
 
-    Each storage is counted once, however many tensors look into it. The result of `forward` is dropped.
+    Each storage is counted once, however many tensors look into it. The result of `forward` is
+    dropped.
     """
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())

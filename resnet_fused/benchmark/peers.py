@@ -1,13 +1,10 @@
 """The variants of a model that are compared: what each does to it, and how one step of it is run.
 
-| variant             | what it is                                                                     |
-|---------------------|--------------------------------------------------------------------------------|
-| eager               | the model as it is, contiguous (NCHW)                                          |
-| eager_channels_last | the same in channels_last (NHWC)                                               |
-| compile             | torch.compile in channels_last; for inference on the CPU with freezing         |
-| onnxruntime         | exported to ONNX, ONNX Runtime on the CPU                                      |
-| openvino            | exported to ONNX, OpenVINO on the CPU                                          |
-| fused               | resnet_fused.fuse of the channels_last model                                   |
+eager: the model as it is, contiguous (NCHW)
+eager_channels_last: the same in channels_last (NHWC)
+compile: torch.compile in channels_last, for inference on the CPU with freezing
+onnxruntime, openvino: exported to ONNX and run by that library on the CPU
+fused: resnet_fused.fuse of the channels_last model
 
 Each has a copy of the weights of its own, so none finds another's packed.
 """
@@ -46,12 +43,12 @@ class Variant(Protocol):
     """A prepared variant: calling it runs one step on the images it was made for."""
 
     memory_shows: bool
-    """Whether memory measured from outside says what a step needs; not so if it keeps a pool of its own."""
+    """Whether memory measured from outside says what a step needs (a pool of its own hides it)."""
 
     def __call__(self) -> object: ...
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """The results of a step on other images of the same shape: "output", in training also each gradient."""
+        """A step on other images of this shape: "output", in training also each gradient."""
         ...
 
 
@@ -127,7 +124,8 @@ class RuntimeVariant:
 def parse_peers(text: str, case: Case) -> tuple[str, ...]:
     """The variants that ``--peers`` asks for, in the order of :data:`VARIANTS`.
 
-    "all": every one, "none": only eager, the base of every ratio, and fused; otherwise names with commas between.
+    "all": every one, "none": only eager, the base of every ratio, and fused; otherwise names with
+    commas between.
 
     Raises:
         BenchmarkError: for an unknown name, and for one that cannot run in `case`.

@@ -13,7 +13,7 @@ _FUSED, _OTHER = "#1b9e77", "#b3b3b3"
 
 
 def write_plot(results: Sequence[Result], path: Path) -> None:
-    """Draw horizontal bars with whiskers from the 20 % to the 80 % quantile, and write them to `path`.
+    """Draw bars with whiskers from the 20 % to the 80 % quantile, and write them to `path`.
 
     Variants without a speed are left out.
 

@@ -1,4 +1,4 @@
-"""What is done to a model before it is measured: memory check, BN statistics, dtype, device, mode."""
+"""What is done to a model before it is measured: memory check, BN statistics, dtype, device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .measure import require_memory
 def prepare_model(model: nn.Module, images: Tensor, case: Case) -> nn.Module:
     """A copy of `model` in the dtype, on the device and in the mode of `case`.
 
-    One that was never trained gets random BN statistics (:func:`randomise_batch_norm`). Dropout is switched off, else
-    no two steps could be compared.
+    One that was never trained gets random BN statistics (:func:`randomise_batch_norm`). Dropout
+    is switched off, else no two steps could be compared.
 
     Args:
         model: its parameters on the CPU.
@@ -60,11 +60,12 @@ def is_untrained(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def randomise_batch_norm(model: nn.Module, images: Tensor, *, seed: int = 0) -> None:
-    """Give every BN the look of a trained one, in place: nothing stays 0 or 1, activations stay O(1).
+    """Give every BN the look of a trained one, in place, with activations that stay O(1).
 
-    weight ~ U(0.5, 1.5), bias ~ N(0, 0.2); the running statistics are what BN really sees on `images`
-    with these weights, the mean then moved by N(0, 0.1) standard deviations and the variance scaled by U(0.8, 1.25).
-    So a wrong fold shows, and a deep network neither explodes nor dies as it would with statistics made up at random.
+    weight ~ U(0.5, 1.5), bias ~ N(0, 0.2); the running statistics are what BN really sees on
+    `images` with these weights, the mean then moved by N(0, 0.1) standard deviations and the
+    variance scaled by U(0.8, 1.25). So a wrong fold shows, and a deep network neither explodes
+    nor dies as it would with statistics made up at random.
 
     Args:
         images: ``[N, 3, H, W]``, N >= 2, of the dtype and device of `model`.
@@ -96,7 +97,7 @@ def randomise_batch_norm(model: nn.Module, images: Tensor, *, seed: int = 0) -> 
 
 @contextmanager
 def _collecting_statistics(model: nn.Module, norms: list[nn.BatchNorm2d]) -> Iterator[None]:
-    """BN in training mode with momentum 1, so that one forward leaves its statistics; all else in eval mode."""
+    """In here one forward leaves its own statistics in `norms`; all else is in eval mode."""
     was_training = {module: module.training for module in model.modules()}
     momentum = [norm.momentum for norm in norms]
     model.eval()
@@ -120,7 +121,8 @@ def _norms(model: nn.Module) -> Iterator[nn.BatchNorm2d]:
 def memory_estimate(model: nn.Module, image: Tensor, *, mode: str, batch_size: int) -> int:
     """Bytes that a float64 step on `batch_size` images will need, from running one image.
 
-    Inference: three times the largest output of a layer. Training: all outputs of layers, and as many gradients.
+    Inference: three times the largest output of a layer. Training: all outputs of layers,
+    and as many gradients.
 
     Args:
         image: ``[1, 3, H, W]`` of the dtype and device of `model`.

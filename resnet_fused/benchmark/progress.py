@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
-    """A progress bar on stderr if that is a terminal and rich is there, else a line for each stage."""
+    """A bar on stderr if that is a terminal and rich is there, else a line for each stage."""
 
     def __init__(self) -> None:
         self._bar: Any = nullcontext()

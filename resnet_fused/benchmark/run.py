@@ -1,4 +1,4 @@
-"""One case from start to finish: prepare the variants, check every result, time those that are right."""
+"""One case from start to finish: make the variants, check every result, time the right ones."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from .prepare import prepare_model
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, what comes next)."""
 
-# A ReLU whose argument is zero but for rounding may open in one variant and close in another; one such
-# flip moves a gradient far more than rounding does. So gradients may be judged on so many inputs.
+# A ReLU whose argument is zero but for rounding may open in one variant and close in another; one
+# such flip moves a gradient far more than rounding does. So gradients may be judged on so many
+# inputs.
 _GRADIENT_TRIALS = 3
 
 
@@ -48,12 +49,14 @@ def run_case(
 ) -> list[Result]:
     """Measure `variants` of `model` on `images`; a variant whose results are wrong gets no speed.
 
-    Right is: error against a float64 copy on the same input at most twice the worse one of eager and
-    eager_channels_last in the same dtype, plus one rounding (:func:`resnet_fused.parity.error_budget`).
+    Right is: error against a float64 copy on the same input at most twice the worse one of eager
+    and eager_channels_last in the same dtype, plus one rounding
+    (:func:`resnet_fused.parity.error_budget`).
 
     Args:
         case: says on which device, in which dtype and how; its `threads` are set for the process.
-        model: float32 on the CPU, left unchanged. One that was never trained gets random BN statistics.
+        model: float32 on the CPU, left unchanged. One that was never trained gets random BN
+            statistics.
         images: float32 ``[batch_size, 3, image_size, image_size]`` on the CPU.
         variants: names from :data:`resnet_fused.benchmark.VARIANTS`, "eager" among them.
         repeats: timed steps of each variant.

@@ -27,10 +27,10 @@ from .builders import (
 from .networks import CifarResNet, ResNet
 
 __all__ = [
+    "MODELS",
     "BasicBlock",
     "Bottleneck",
     "CifarResNet",
-    "MODELS",
     "PlainBlock",
     "ResNet",
     "ShortcutOption",
@@ -41,9 +41,6 @@ __all__ = [
     "plain34",
     "plain44",
     "plain56",
-    "resnet101",
-    "resnet110",
-    "resnet152",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -51,8 +48,11 @@ __all__ = [
     "resnet44",
     "resnet50",
     "resnet56",
-    "resnext101_32x8d",
+    "resnet101",
+    "resnet110",
+    "resnet152",
     "resnext50_32x4d",
-    "wide_resnet101_2",
+    "resnext101_32x8d",
     "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

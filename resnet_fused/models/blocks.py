@@ -51,7 +51,8 @@ def make_shortcut(
 ) -> nn.Module | None:
     """The shortcut of one block, None for the identity (section 4.1 of the paper).
 
-    A pads with zeros where the shape changes, B projects (1x1 conv and BN) where the shape changes, C projects always.
+    A pads with zeros where the shape changes, B projects (1x1 conv and BN) where the shape
+    changes, C projects always.
     """
     changes = stride != 1 or in_channels != out_channels
     if option == "A" and changes:
@@ -101,7 +102,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)): 1x1, 3x3, 1x1.
 
-    The stride sits on the 3x3 convolution, as in torchvision ("v1.5"); the paper had it on the first 1x1.
+    The stride sits on the 3x3 convolution, as in torchvision ("v1.5"); the paper had it on the
+    first 1x1.
     """
 
     expansion = 4
@@ -155,7 +157,7 @@ class PlainBlock(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialise as torchvision does: convolutions by Kaiming (fan_out, relu), BN to the identity."""
+    """Initialise as torchvision: convolutions by Kaiming (fan_out, relu), BN to the identity."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,8 @@
 """One function per network, with random weights; ``fused=True`` gives it already fused.
 
 Every builder takes ``num_classes`` and ``fused``; ``resnet50(fused=True)`` is equivalent to
-``resnet_fused.fuse(resnet50(), inplace=True)``. The CIFAR residual networks take ``shortcut`` as well.
+``resnet_fused.fuse(resnet50(), inplace=True)``. The CIFAR residual networks take ``shortcut`` as
+well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .networks import CifarResNet, ResNet
 def _finish(model: nn.Module, fused: bool) -> nn.Module:
     if not fused:
         return model
-    from resnet_fused import fuse  # here, so that building a plain model loads no kernels
+    from resnet_fused import fuse  # here, because resnet_fused imports this package
 
     return fuse(model, inplace=True)
 

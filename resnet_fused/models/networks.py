@@ -1,4 +1,4 @@
-"""The two families of networks of the paper: for ImageNet and for CIFAR, with and without shortcuts.
+"""The paper's two families of networks, for ImageNet and CIFAR, with and without shortcuts.
 
 He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", 2015 (https://arxiv.org/abs/1512.03385).
 """
@@ -64,7 +64,7 @@ def _stage(
 
 
 class ResNet(nn.Module):
-    """A network for images of about 224x224, table 1 of the paper: ``[N, 3, H, W] -> [N, num_classes]``.
+    """A network for large images (the paper's table 1): ``[N, 3, H, W] -> [N, num_classes]``.
 
     Its state dict has the keys, shapes and order of torchvision's ResNet.
 
@@ -128,7 +128,8 @@ class ResNet(nn.Module):
 class CifarResNet(nn.Module):
     """A network for 32x32 images, section 4.2 of the paper: ``[N, 3, H, W] -> [N, num_classes]``.
 
-    One 3x3 convolution, then three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64 channels.
+    One 3x3 convolution, then three stages of (depth - 2) / 6 basic blocks with 16, 32 and 64
+    channels.
 
     Args:
         depth: 6 n + 2: 20, 32, 44, 56 and 110 in the paper.
