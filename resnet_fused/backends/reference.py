@@ -48,14 +48,16 @@ def conv_bn_act(
 ) -> Tensor:
     """y = act(conv2d(input, weight) · scale + shift [+ residual])."""
     y = F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    if scale is None and shift is None:
-        scale = y.new_ones(y.shape[1], dtype=statistics_dtype(y.dtype))
-    if scale is None:
-        assert shift is not None
-        scale = torch.ones_like(shift)
-    if shift is None:
-        shift = torch.zeros_like(scale)
+    scale, shift = scale_and_shift_or_identity(y, scale, shift)
     return scale_shift_act(y, scale, shift, residual, act, negative_slope)
+
+
+def scale_and_shift_or_identity(
+    data: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ones for a scale that is None, zeros for a shift that is None."""
+    ones = data.new_ones(data.shape[1], dtype=statistics_dtype(data.dtype))
+    return (ones if scale is None else scale, torch.zeros_like(ones) if shift is None else shift)
 
 
 def scale_shift_act(

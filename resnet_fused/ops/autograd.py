@@ -93,13 +93,10 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, scale, shift, residual = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.options
     z = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
-    ones = z.new_ones(z.shape[1], dtype=statistics_dtype(z.dtype))
+    vectors = reference.scale_and_shift_or_identity(z, scale, shift)
     grad_z, grad_scale, grad_shift, grad_residual = _scale_shift_grads(
-        ctx, grad, z,
-        ones if scale is None else scale,
-        torch.zeros_like(ones) if shift is None else shift,
-        residual,
-    )  # fmt: skip
+        ctx, grad, z, *vectors, residual
+    )
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_z, input, weight, None, stride, padding, dilation, False, [0, 0], groups,
         [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],

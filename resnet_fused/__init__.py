@@ -1,0 +1,26 @@
+"""Residual networks, faster in PyTorch: ``resnet_fused.fuse(model)``."""
+
+from resnet_fused import functional, models
+from resnet_fused.api import (
+    Entry,
+    Explanation,
+    FusionError,
+    Verification,
+    explain,
+    fuse,
+    unfuse,
+    verify,
+)
+
+__all__ = [
+    "Entry",
+    "Explanation",
+    "FusionError",
+    "Verification",
+    "explain",
+    "functional",
+    "fuse",
+    "models",
+    "unfuse",
+    "verify",
+]

@@ -1,0 +1,243 @@
+"""fuse, unfuse, explain and verify: what a user calls on a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.backends import onednn
+from resnet_fused.graph.analyse import Candidate, analyse
+from resnet_fused.graph.rewrite import apply, remove
+from resnet_fused.ops.select import native_unusable
+from resnet_fused.parity import error_budget, relative_error
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FusionError(ValueError):
+    """fuse(strict=True) met a convolution or batch norm that cannot be fused."""
+
+
+def fuse(
+    model: Model,
+    *,
+    inplace: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+) -> Model:
+    """Make a residual network faster: run every conv-BN(-add)(-activation) in it as one step.
+
+    Equivalent to the model itself, in training and evaluation, on every device: parameters,
+    buffers, names, state-dict keys, hooks and classes (``isinstance``) stay. Works on instances:
+    each module whose own forward holds such a run gets a forward that runs it fused.
+
+    Args:
+        model: any module. Nothing is needed of it as a whole; blocks whose forward cannot be
+            traced are left as they are.
+        inplace: change this model instead of a copy.
+        filter_fn: asked with the qualified name and the module for the first module of each run
+            (a convolution, or the batch norm of a pre-activation run); False leaves it alone.
+        strict: raise if any convolution or batch norm is left unfused.
+
+    Returns:
+        The fused copy, or `model` itself. Fusing a fused model changes nothing.
+
+    Raises:
+        TypeError: model is not a module.
+        FusionError: strict, and something cannot be fused; the message lists it with reasons.
+
+    After an exception the model is as it was. Paper: He et al. (2015) for the blocks, Jacob et
+    al. (2018) for folding.
+    """
+    _demand_module(model)
+    target = model if inplace else copy.deepcopy(model)
+    analysis = analyse(target, filter_fn)
+    left = [c for c in analysis.candidates if c.reason]
+    if strict and left:
+        lines = "\n".join(f"  {' '.join(c.modules)}: {c.reason}" for c in left)
+        raise FusionError(f"strict: {len(left)} candidates cannot be fused:\n{lines}")
+    apply(analysis.plans)
+    return target
+
+
+def unfuse(model: Model, *, inplace: bool = False) -> Model:
+    """Undo :func:`fuse`: every instance gets its class and its own forward back.
+
+    Args:
+        model: a fused model, with whatever weights it has by now; others come back unchanged.
+        inplace: change this model instead of a copy.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    _demand_module(model)
+    target = model if inplace else copy.deepcopy(model)
+    for module in target.modules():
+        remove(module)
+    return target
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one run, or of one convolution or batch norm that is in none."""
+
+    modules: tuple[str, ...]
+    status: str
+    """"fused"; "fusible": it would be; or "skipped"."""
+    pattern: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An :class:`Entry` for every convolution and batch norm of a model; printing it gives a table."""
+
+    entries: tuple[Entry, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return {"entries": [asdict(e) for e in self.entries]}
+
+    def __str__(self) -> str:
+        rows = [("status", "pattern", "modules", "backend or reason")]
+        rows += [
+            (e.status, e.pattern or "-", " ".join(e.modules), e.reason or e.backend)
+            for e in self.entries
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        fused = sum(e.status != "skipped" for e in self.entries)
+        return "\n".join([*lines, f"{fused} runs fused or fusible, {len(rows) - 1 - fused} skipped"])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say for every convolution and batch norm: fused by which backend, or skipped and why.
+
+    Args:
+        model: fused or not; of an unfused one it says what :func:`fuse` would do.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    _demand_module(model)
+    return Explanation(tuple(_entry(model, c) for c in analyse(model).candidates))
+
+
+def _entry(model: nn.Module, candidate: Candidate) -> Entry:
+    if candidate.reason:
+        return Entry(candidate.modules, "skipped", candidate.pattern, "", candidate.reason)
+    status = "fused" if candidate.fused else "fusible"
+    backend = _backend(model, candidate)
+    return Entry(candidate.modules, status, candidate.pattern, backend, "")
+
+
+def _backend(model: nn.Module, candidate: Candidate) -> str:
+    """Which code `auto` takes for a run with the model's present device and dtype."""
+    first = model.get_submodule(candidate.modules[0])
+    tensor = next((t for t in (*first.parameters(), *first.buffers())), None)
+    if tensor is None:
+        return "reference"
+    passes = "reference" if native_unusable(tensor) else "native"
+    if not candidate.pattern.startswith("conv"):
+        return passes
+    if tensor.device.type == "cpu" and onednn.unusable(tensor.dtype) is None:
+        return f"eval: oneDNN with post-operations; training: library conv + {passes}"
+    return f"library conv + {passes}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a fused model and eager PyTorch are from float64, and whether that is good enough."""
+
+    ok: bool
+    relative_error: float
+    eager_relative_error: float
+    budget: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+
+def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verification:
+    r"""Compare a model fused and unfused with the same model in float64 on the same inputs.
+
+    The error is :math:`\max|y - y_{64}| / \max|y_{64}|` over the outputs; in training also over
+    all gradients (of the outputs' sum of squares, taken as one vector) and over the running
+    statistics, the worst of which is given. It may be twice eager PyTorch's own error in the same
+    dtype, the larger of its errors in the two memory formats, plus one rounding.
+
+    Args:
+        model: fused or not; neither it nor its statistics change.
+        inputs: what its forward takes.
+        training: compare a training step instead of an evaluation.
+
+    Raises:
+        TypeError: model is not a module, or an input is not a tensor.
+    """
+    _demand_module(model)
+    for i, value in enumerate(inputs):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"inputs[{i}]: expected a tensor, got {type(value).__name__}")
+    fused = fuse(model)
+    eager = unfuse(fused)
+    other = unfuse(fused).to(memory_format=torch.channels_last)
+    exact = _results(unfuse(fused).double(), [_widened(v) for v in inputs], training)
+    rows = []
+    for ours, theirs, others, truth in zip(
+        _results(fused, inputs, training),
+        _results(eager, inputs, training),
+        _results(other, [_channels_last(v) for v in inputs], training),
+        exact,
+        strict=True,
+    ):
+        eager_error = max(relative_error(theirs, truth), relative_error(others, truth))
+        rows.append((relative_error(ours, truth), eager_error, error_budget(eager_error, ours.dtype)))
+    worst = max(rows, key=lambda row: row[0] / row[2], default=(0.0, 0.0, 0.0))
+    return Verification(all(error <= budget for error, _, budget in rows), *worst)
+
+
+def _results(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
+    """The outputs, and in training all gradients as one vector and the running statistics."""
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        outputs = list(_tensors(model(*(v.detach().clone() for v in inputs))))
+        if not training:
+            return outputs
+        torch.stack([o.square().sum() for o in outputs]).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    return [o.detach() for o in outputs] + [torch.cat(gradients)] * bool(gradients) + statistics
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _demand_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

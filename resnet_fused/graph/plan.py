@@ -1,0 +1,271 @@
+"""What a module's forward becomes: the traced graph with each run replaced by one step.
+
+A plan is made for one module and read-only afterwards; nothing here touches the module.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from resnet_fused.graph.match import Matcher, Run
+from resnet_fused.graph.trace import Untraceable, has_hooks, trace
+from resnet_fused.modules.bn_act import BNAct
+from resnet_fused.modules.conv_bn_act import ConvBNAct
+from resnet_fused.modules.max_pool import MaxPool
+from resnet_fused.packing import conv_padding
+
+_sources = count()
+
+
+@dataclass(frozen=True)
+class Body:
+    """One compiled forward; it finds its steps as attributes of the module."""
+
+    function: Callable[..., Any]
+    code: str
+    steps: Mapping[str, object]
+    arguments: tuple[str, ...]
+    swallowed: tuple[tuple[tuple[str, ...], type], ...]  # modules that are no longer called
+
+    def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call, and the module's state, are what the trace assumed."""
+        if len(args) + len(kwargs) != len(self.arguments):
+            return False
+        if kwargs and not all(name in self.arguments for name in kwargs):
+            return False
+        for path, kind in self.swallowed:
+            child = module
+            for name in path:
+                child = child._modules.get(name)  # type: ignore[assignment]
+                if child is None:
+                    return False
+            if type(child) is not kind or has_hooks(child) or "forward" in child.__dict__:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bodies of one module by (training, arguments are sequences), and what was matched."""
+
+    bodies: Mapping[tuple[bool, bool], Body]
+    runs: tuple[Run, ...]  # fused ones and candidates with their reasons
+    swallowed_names: frozenset[str]
+
+    def body(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Body | None:
+        """The body for this call, or None if the module's own forward has to run."""
+        values = (*args, *kwargs.values())
+        if all(isinstance(v, Tensor) for v in values):
+            sequences = False
+        elif all(isinstance(v, (list, tuple)) for v in values):
+            sequences = True
+        else:
+            return None
+        body = self.bodies.get((module.training, sequences))
+        if body is None or not body.fits(module, args, kwargs):
+            return None
+        return None if _watched() else body
+
+
+def _watched() -> bool:
+    """Whether something looks at module calls: global hooks, a TorchScript trace, a functorch transform."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.nn.modules.module._has_any_global_hook()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan | None:
+    """Trace and match a module's forward; None if nothing in it can be fused.
+
+    Args:
+        module: its own forward is planned, not its children's.
+        excluded: names of modules below it that must be left alone, with the reason.
+
+    Raises:
+        Untraceable: its forward cannot be represented as a graph.
+    """
+    bodies: dict[tuple[bool, bool], Body] = {}
+    known: dict[tuple[str, bool], Body | None] = {}
+    runs: dict[tuple[str, ...], Run] = {}
+    names: set[str] = set()
+    numbers = count()
+    for sequences in (False, True):
+        for training in (False, True):
+            try:
+                graph = trace(module, training=training, sequences=sequences)
+            except Untraceable:
+                if sequences:
+                    continue
+                raise
+            text = str(graph)
+            names.update(str(n.target) for n in graph.nodes if n.op == "call_module")
+            if (text, sequences) not in known:
+                body, found = _plan_graph(module, graph, excluded, numbers, sequences)
+                known[text, sequences] = body
+                if not sequences:
+                    for run in found:
+                        before = runs.get(run.module_names())
+                        if before is None or before.reason:
+                            runs[run.module_names()] = run
+            planned = known[text, sequences]
+            if planned is not None:
+                bodies[training, sequences] = planned
+    return Plan(bodies, tuple(runs.values()), frozenset(names))
+
+
+def module_reason(module: nn.Module) -> str | None:
+    """Why a module's call may not be swallowed by a run, judged by the module alone."""
+    kind = type(module).__name__
+    if nn.utils.parametrize.is_parametrized(module):
+        return "it has parametrizations"
+    if has_hooks(module):
+        return "it has hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if isinstance(module, nn.Conv2d):
+        if type(module) is not nn.Conv2d:
+            return f"{kind} is a subclass of Conv2d"
+        if module.padding_mode != "zeros":
+            return f"padding_mode is {module.padding_mode!r}"
+        if conv_padding(module) is None:
+            return "padding differs between two sides"
+        if type(module.weight) not in (nn.Parameter, Tensor):
+            return f"its weight is a {type(module.weight).__name__}"
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if type(module) is not nn.BatchNorm2d:
+            return f"{kind} is not nn.BatchNorm2d itself"
+    return None
+
+
+def _plan_graph(
+    module: nn.Module,
+    graph: fx.Graph,
+    excluded: Mapping[str, str],
+    numbers: count[int],
+    sequences: bool,
+) -> tuple[Body | None, list[Run]]:
+    reasons = {id(module.get_submodule(name)): why for name, why in excluded.items()}
+    swallowed = _skip_identities(module, graph)
+    runs = Matcher(module, graph, lambda m: reasons.get(id(m)) or module_reason(m)).runs()
+    chosen = [run for run in runs if not run.reason]
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    if not chosen or (
+        sequences and any(r.input in placeholders or r.residual in placeholders for r in chosen)
+    ):
+        return None, runs
+    steps: dict[str, object] = {}
+    for run in chosen:
+        name = f"_fused_step_{next(numbers)}"
+        steps[name] = _replace(graph, run, name)
+        swallowed.update(run.module_names())
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        pool = None if str(node.target) in steps else module.get_submodule(str(node.target))
+        if type(pool) is nn.MaxPool2d and _takes_deferred(pool, node, steps):
+            name = f"_fused_step_{next(numbers)}"
+            steps[name] = MaxPool()
+            swallowed.add(str(node.target))
+            _call_step(graph, node, name, [node.args[0]], [str(node.target)])
+    _mark_deferring(graph, steps)
+    return _compile(module, graph, steps, swallowed), runs
+
+
+def _skip_identities(module: nn.Module, graph: fx.Graph) -> set[str]:
+    skipped = set()
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            child = module.get_submodule(str(node.target))
+            if type(child) is nn.Identity and module_reason(child) is None:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                skipped.add(str(node.target))
+    return skipped
+
+
+def _replace(graph: fx.Graph, run: Run, name: str) -> object:
+    after = BNAct(run.activation.act, run.activation.negative_slope, run.inplace_add)
+    step = ConvBNAct(after) if run.conv is not None else after
+    modules = [n for n in (run.conv, run.bn) if n is not None]
+    names: list[str | None] = [str(n.target) for n in modules]
+    if run.conv is not None and run.bn is None:
+        names.append(None)
+    _call_step(graph, run.last, name, [run.input], names, run.residual)
+    for node in reversed(run.nodes[:-1]):
+        graph.erase_node(node)
+    return step
+
+
+def _call_step(
+    graph: fx.Graph,
+    node: fx.Node,
+    name: str,
+    inputs: list[Any],
+    module_names: list[Any],
+    residual: fx.Node | None = None,
+) -> None:
+    """Put ``self.<name>(*inputs, *modules[, residual])`` in the place of a node."""
+    with graph.inserting_before(node):
+        modules = [
+            None if target is None else graph.create_node("get_attr", target)
+            for target in module_names
+        ]
+        args = [*inputs, *modules, *([] if residual is None else [residual])]
+        call = graph.create_node("call_module", name, tuple(args))
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _takes_deferred(pool: nn.MaxPool2d, node: fx.Node, steps: Mapping[str, object]) -> bool:
+    source = node.args[0] if len(node.args) == 1 else None
+    return (
+        module_reason(pool) is None
+        and not pool.return_indices
+        and isinstance(source, fx.Node)
+        and str(source.target) in steps
+    )
+
+
+def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
+    """A step whose only reader is a step that computes from it may leave its activation to that."""
+    for node in graph.nodes:
+        step = steps.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(step, MaxPool) or step is None or len(node.users) != 1:
+            continue
+        reader = next(iter(node.users))
+        taker = steps.get(str(reader.target)) if reader.op == "call_module" else None
+        reads_once = reader.args[0] is node and node not in reader.args[1:]
+        if isinstance(taker, (ConvBNAct, MaxPool)) and reads_once:
+            after = step.after if isinstance(step, ConvBNAct) else step
+            assert isinstance(after, BNAct)
+            after.defers = True
+
+
+def _compile(
+    module: nn.Module, graph: fx.Graph, steps: Mapping[str, object], swallowed: set[str]
+) -> Body:
+    source = graph.python_code("self")
+    filename = f"<resnet_fused {type(module).__name__} {next(_sources)}>"
+    linecache.cache[filename] = (
+        len(source.src), None, source.src.splitlines(keepends=True), filename,
+    )  # fmt: skip
+    scope = dict(source.globals)
+    exec(compile(source.src, filename, "exec"), scope)  # what torch.fx generated just now
+    opened = {name.rpartition(".")[0] for name in swallowed if "." in name}
+    paths = tuple(
+        (tuple(name.split(".")), type(module.get_submodule(name)))
+        for name in sorted(swallowed | opened)
+    )
+    arguments = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
+    return Body(scope["forward"], source.src, steps, arguments, paths)

@@ -1,0 +1,90 @@
+"""The only place that changes a model: gives instances their planned forward, and takes it back.
+
+A fused instance keeps its children, parameters and attributes; only its class becomes a subclass of
+its class, whose forward runs the plan when it fits the call and the original forward otherwise.
+(PyTorch's own parametrizations and FSDP2 change instances in the same way.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from resnet_fused.graph.marker import FusedModule, original_class
+from resnet_fused.graph.plan import Plan, make_plan
+
+_PREFIX = "_fused_"
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _Planned(FusedModule):
+    """Copies and pickles like its original class, and plans its forward anew there."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else vars(self)
+        if isinstance(state, dict):
+            state = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
+        return _restore, (original_class(self), dict(vars(self)["_fused_excluded"])), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _attach(self, make_plan(self, vars(self)["_fused_excluded"]))
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan of a fused instance."""
+    return vars(module).get("_fused_plan") if isinstance(module, FusedModule) else None
+
+
+def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
+    """Give every module its plan; all of them, or after an exception none."""
+    done: list[nn.Module] = []
+    try:
+        for module, (plan, excluded) in plans.items():
+            module.__class__ = _fused_class(type(module))
+            done.append(module)
+            vars(module)["_fused_excluded"] = dict(excluded)
+            _attach(module, plan)
+    except BaseException:
+        for module in done:
+            remove(module)
+        raise
+
+
+def remove(module: nn.Module) -> None:
+    """Give a fused instance its class and forward back."""
+    if isinstance(module, FusedModule):
+        for name in [k for k in vars(module) if k.startswith(_PREFIX)]:
+            del vars(module)[name]
+        module.__class__ = original_class(module)
+
+
+def _attach(module: nn.Module, plan: Plan) -> None:
+    for body in plan.bodies.values():
+        vars(module).update(body.steps)
+    vars(module)["_fused_plan"] = plan
+
+
+def _restore(kind: type[nn.Module], excluded: dict[str, str]) -> nn.Module:
+    fused = _fused_class(kind)
+    module = fused.__new__(fused)
+    vars(module)["_fused_excluded"] = excluded
+    return module
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _classes:
+        original = kind.forward
+
+        @functools.wraps(original)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            body = self._fused_plan.body(self, args, kwargs)
+            run = original if body is None else body.function
+            return run(self, *args, **kwargs)
+
+        names = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        _classes[kind] = type(kind.__name__, (_Planned, kind), names)
+    return _classes[kind]

@@ -1,0 +1,174 @@
+"""One module's own forward as a graph of calls: children stay calls, plain Sequentials are opened.
+
+Tracing runs the module's forward once on symbols (torch.fx). The module itself is not touched: the
+forward runs on a shallow copy, and what a trace cannot represent is refused with its reason —
+branches on data, random numbers drawn in forward, tensors made in forward, attributes written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, fx, nn
+
+from resnet_fused.graph.marker import original_class
+
+
+class Untraceable(Exception):
+    """This forward cannot be represented as a graph; the message says why."""
+
+
+def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.Graph:
+    """The graph of ``type(module).forward``.
+
+    Args:
+        module: its forward is traced with its required arguments; optional ones keep their
+            defaults.
+        training: the value of ``self.training`` to trace with.
+        sequences: arguments are lists of tensors instead of tensors.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    probe = _shallow_copy(module)
+    probe.training = training
+    before = _attributes(probe)
+    dice = _random_states()
+    try:
+        graph = _Tracer(sequences).trace(probe)
+    except Exception as error:  # a user's forward may raise anything when run on symbols
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Untraceable(f"forward cannot be traced: {message}") from error
+    finally:
+        rolled = _restore_random_states(dice)
+    if rolled:
+        raise Untraceable("forward draws random numbers")
+    written = sorted(k for k, v in _attributes(probe).items() if before.get(k) != v)
+    if any(name.startswith("_tensor_constant") for name in written):
+        raise Untraceable("forward makes a tensor")
+    if written:
+        raise Untraceable(f"forward writes self.{written[0]}")
+    return graph
+
+
+def opens(module: nn.Module) -> bool:
+    """Whether a parent's graph looks inside: a Sequential of PyTorch's own modules, without hooks."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+        and all(opens(m) or _is_pytorch_leaf(m) for m in module)
+    )
+
+
+def _is_pytorch_leaf(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn") and not any(module.children())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this module runs anything beside its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class _Symbol(fx.Proxy):
+    """A symbol that keeps `x += y` apart from `x = x + y`, which torch.fx does not."""
+
+
+def _inplace(name: str) -> Any:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
+    setattr(_Symbol, f"__{_name}__", _inplace(_name))
+
+
+class _TensorSymbol(_Symbol):
+    """A symbol that says yes to ``isinstance(x, torch.Tensor)``, as the value will."""
+
+    _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and nn.Buffer ask for
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return Tensor
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, sequences: bool) -> None:
+        super().__init__()
+        self.sequences = sequences
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not opens(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op == "placeholder" and self.sequences:
+            return _Symbol(node, self)
+        return _TensorSymbol(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _TensorSymbol else super().create_arg(a)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        for i, parameter in enumerate(parameters, start=1):
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise Untraceable(f"forward takes {parameter}")
+            if parameter.default is not parameter.empty:
+                self.graph.erase_node(args[i].node)
+                args[i] = parameter.default
+        return fn, args
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    kind = original_class(module)
+    probe = kind.__new__(kind)
+    probe.__dict__.update(vars(module))
+    for name in ("_parameters", "_buffers", "_modules"):
+        probe.__dict__[name] = dict(probe.__dict__[name])
+    return probe
+
+
+def _attributes(module: nn.Module) -> dict[str, int]:
+    own = {k: id(v) for k, v in vars(module).items()}
+    for name in ("_parameters", "_buffers", "_modules"):
+        own.pop(name)
+        own.update({k: id(v) for k, v in vars(module)[name].items()})
+    return own
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+
+def _restore_random_states(states: tuple[Any, ...]) -> bool:
+    """Put the generators back; say whether any had moved."""
+    torch_state, python_state, numpy_state = states
+    moved = (
+        not torch.equal(torch.get_rng_state(), torch_state)
+        or random.getstate() != python_state
+        or any(
+            not numpy.array_equal(a, b)
+            for a, b in zip(numpy.random.get_state(), numpy_state, strict=True)
+        )
+    )
+    torch.set_rng_state(torch_state)
+    random.setstate(python_state)
+    numpy.random.set_state(numpy_state)
+    return moved

@@ -1,0 +1,63 @@
+"""What nn.BatchNorm2d does beside its arithmetic: which statistics it uses, and keeping them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.ops.schema import statistics_dtype
+
+
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether this module normalises by the batch, as nn.BatchNorm2d.forward decides it."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
+    """Raise what eager PyTorch raises for an input that this module does not take."""
+    bn._check_input_dim(input)
+    if input.shape[1] != bn.num_features:
+        raise ValueError(
+            f"input: expected {bn.num_features} channels for batch norm, "
+            f"got shape {tuple(input.shape)}"
+        )
+    if uses_batch_statistics(bn) and input.shape.numel() == input.shape[1]:
+        raise ValueError(
+            "input: expected more than 1 value per channel when training, "
+            f"got shape {tuple(input.shape)}"
+        )
+
+
+def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    r"""Move the running statistics towards a batch's, exactly as nn.BatchNorm2d in training.
+
+    .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch
+
+    Args:
+        bn: the module; nothing happens unless it trains and tracks.
+        mean, var: the batch's mean and biased variance; the running variance is unbiased.
+        count: values per channel in the batch. With momentum None the mean over all batches is
+            kept.
+    """
+    if not (bn.training and bn.track_running_stats):
+        return
+    with torch.no_grad():
+        momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if bn.momentum is None:
+                momentum = 1.0 / bn.num_batches_tracked
+        if bn.running_mean is None or bn.running_var is None:
+            return
+        unbiased = var * (count / max(count - 1, 1))
+        for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+            running.copy_(batch * momentum + running.to(batch.dtype) * (1 - momentum))
+
+
+def affine(bn: nn.BatchNorm2d, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """BN's weight and bias in the dtype that statistics have beside `input`."""
+    dtype = statistics_dtype(input.dtype)
+    return (
+        None if bn.weight is None else bn.weight.to(dtype),
+        None if bn.bias is None else bn.bias.to(dtype),
+    )

@@ -1,0 +1,77 @@
+"""BN → (+ residual) → activation as one step, after a convolution or by itself (pre-activation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import fold
+from resnet_fused.backends import reference
+from resnet_fused.checks import DTYPES
+from resnet_fused.modules.batch_norm import (
+    affine,
+    check_input,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops.schema import statistics_dtype
+
+
+@dataclass(slots=True)
+class BNAct:
+    """BN → (+ residual) → activation, for any device, dtype and mode.
+
+    Equivalent to ``act(bn(input) + residual)``. Holds no parameters: the model's own module is
+    handed over at each call.
+    """
+
+    act: str
+    negative_slope: float = 0.01
+    inplace_add: bool = False  # written `out += residual`: the sum keeps out's dtype and shape
+    defers: bool = False  # the only reader is a step that takes a Deferred
+
+    def __call__(
+        self, input: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None
+    ) -> Tensor | Deferred:
+        check_input(bn, input)
+        if input.numel() == 0 or input.dtype not in DTYPES or not _addable(residual, input):
+            return self.finish(bn(input), residual)
+        options = (self.act, self.negative_slope)
+        if not uses_batch_statistics(bn):
+            assert bn.running_mean is not None and bn.running_var is not None
+            vectors = fold.scale_and_shift(
+                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                dtype=statistics_dtype(input.dtype),
+            )  # fmt: skip
+            return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
+        if (
+            self.defers
+            and residual is None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            return Deferred(input, bn, *options)
+        output, mean, var = torch.ops.resnet_fused.bn_act(
+            input, residual, *affine(bn, input), bn.eps, *options
+        )
+        update_running_statistics(bn, mean, var, input.numel() // input.shape[1])
+        return output
+
+    def finish(self, output: Tensor, residual: Tensor | None) -> Tensor:
+        """What follows batch norm as eager PyTorch does it, with its type promotion and errors."""
+        if residual is not None:
+            output = output.add_(residual) if self.inplace_add else output + residual
+        return reference.activation(self.act, self.negative_slope)(output)
+
+
+def _addable(residual: Tensor | None, output: Tensor) -> bool:
+    return residual is None or (
+        isinstance(residual, Tensor)
+        and residual.shape == output.shape
+        and residual.dtype == output.dtype
+        and residual.device == output.device
+        and residual.layout == torch.strided
+    )

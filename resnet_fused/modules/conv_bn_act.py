@@ -1,0 +1,133 @@
+"""conv → BN → (+ residual) → activation as one step of a model's forward.
+
+A step says what is done and keeps packed weights, never parameters: those stay in the model's own
+modules and are handed over at each call. So checkpoints, optimizers and hooks see the same model as
+before fusing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import fold
+from resnet_fused.backends import onednn
+from resnet_fused.modules.batch_norm import uses_batch_statistics
+from resnet_fused.modules.bn_act import BNAct
+from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops.autograd import cast_for_autocast
+from resnet_fused.ops.schema import conv_output_size, statistics_dtype
+from resnet_fused.packing import PackedConv, conv_padding
+
+
+@dataclass(slots=True)
+class ConvBNAct:
+    """conv → BN or none → (+ residual) → activation, for any device, dtype and mode.
+
+    Equivalent to ``act(bn(conv(input)) + residual)``. Chosen at each call: folded weights in one
+    primitive (fixed statistics, no gradient, on a CPU), one operator (the same inside
+    torch.compile), or the library's convolution followed by one fused :class:`BNAct`.
+    """
+
+    after: BNAct
+    packed: PackedConv = field(default_factory=PackedConv, compare=False)
+
+    def __call__(
+        self,
+        input: Tensor | Deferred,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        residual: Tensor | None = None,
+    ) -> Tensor | Deferred:
+        if isinstance(input, Deferred):
+            z = _convolve_deferred(input, conv)
+        else:
+            output = self._fixed(input, conv, bn, residual)
+            if output is not None:
+                return output
+            z = conv(input)
+        return self.after.finish(z, residual) if bn is None else self.after(z, bn, residual)
+
+    def _fixed(
+        self,
+        input: Tensor,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """The whole run in one call; None where that is not to be had, bad input included."""
+        if bn is not None and uses_batch_statistics(bn):
+            return None
+        if torch.is_grad_enabled() and _any_requires_grad(input, conv, bn, residual):
+            return None
+        options = (self.after.act, self.after.negative_slope)
+        data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
+        if not _sound(data, weight, bias, conv, residual):
+            return None
+        if torch.compiler.is_compiling():
+            return self._traceable(data, weight, bias, conv, bn, residual)
+        if data.device.type != "cpu" or onednn.unusable(data.dtype) is not None:
+            return None
+        return self.packed(data, conv, bn, residual, *options)
+
+    def _traceable(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        dtype = statistics_dtype(input.dtype)
+        if bn is None:
+            scale, shift = None, None if bias is None else bias.to(dtype)
+        else:
+            assert bn.running_mean is not None and bn.running_var is not None
+            scale, shift = fold.scale_and_shift(
+                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                conv_bias=conv.bias, dtype=dtype,
+            )  # fmt: skip
+        return torch.ops.resnet_fused.conv_bn_act(
+            input, weight, scale, shift, residual,
+            conv.stride, conv_padding(conv), conv.dilation, conv.groups,
+            self.after.act, self.after.negative_slope,
+        )  # fmt: skip
+
+
+def _any_requires_grad(
+    input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, residual: Tensor | None
+) -> bool:
+    tensors = [input, residual, conv.weight, conv.bias]
+    if bn is not None:
+        tensors += [bn.weight, bn.bias]
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _sound(
+    input: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, residual: Tensor | None
+) -> bool:
+    """Whether the arguments fit together without promotion, broadcasting or an error."""
+    if input.dim() != 4 or input.numel() == 0 or input.shape[1] != conv.in_channels:
+        return False
+    for t in (input, weight, bias, residual):
+        if t is not None and not (
+            t.dtype == input.dtype and t.device == input.device and t.layout == torch.strided
+        ):
+            return False
+    padding = conv_padding(conv)
+    assert padding is not None
+    size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
+    return min(size) > 0 and (residual is None or tuple(residual.shape) == size)
+
+
+def _convolve_deferred(input: Deferred, conv: nn.Conv2d) -> Tensor:
+    z, weight, bias = cast_for_autocast(input.z.device, input.z, conv.weight, conv.bias)
+    padding = conv_padding(conv)
+    if z.dtype != input.z.dtype or weight.dtype != z.dtype or z.shape[1] != conv.in_channels:
+        return conv(input.tensor())
+    return input.conv(
+        weight, bias, (list(conv.stride), padding, list(conv.dilation), conv.groups)
+    )
