@@ -1,8 +1,9 @@
-"""Plain PyTorch models to fuse, each written in a way that people write residual blocks, and what must happen to it.
+"""Plain PyTorch models to fuse, each written in a way that people write residual blocks, and what
+must happen to it.
 
-`ZOO[name]` builds a small model and says which runs have to be fused, which modules must not be part of a fused run,
-and for which a skip has to be explained. `NETWORKS` holds whole networks. A file of data: it is long because it is a
-catalogue.
+`ZOO[name]` builds a small model and says which runs have to be fused, which modules must not be
+part of a fused run, and for which a skip has to be explained. `NETWORKS` holds whole networks. A
+file of data: it is long because it is a catalogue.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch.nn.utils import parametrizations
 class ZooEntry:
     """One test model.
 
-    `fused`: first module of a run → its pattern. `never`: modules that may be in no fused run. `skipped`: first module
-    of a skipped candidate → a regular expression that its reason has to match.
+    `fused`: first module of a run → its pattern, a regular expression. `never`: modules that may be
+    in no fused run. `skipped`: first module of a skipped candidate → a regular expression that its
+    reason has to match.
     """
 
     factory: Callable[[], nn.Module]
@@ -37,7 +39,9 @@ class ZooEntry:
 
 
 def randomise(model: nn.Module, seed: int = 7) -> nn.Module:
-    """Give every batch normalisation statistics and weights that are not the identity, some scales negative."""
+    """Give every batch normalisation statistics and weights that are not the identity, some scales
+    negative.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
@@ -97,9 +101,13 @@ class FrozenNorm(Chain):
 
 
 class Written(nn.Module):
-    """Two convs and two normalisations; the forward is the function given, so a spelling costs one line."""
+    """Two convs and two normalisations; the forward is the function given, so a spelling costs one
+    line.
+    """
 
-    def __init__(self, how: Callable[[Any, Tensor], Tensor], channels: int = 8, bias: bool = False) -> None:
+    def __init__(
+        self, how: Callable[[Any, Tensor], Tensor], channels: int = 8, bias: bool = False
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3(channels, bias=bias), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = conv3(channels, bias=bias), nn.BatchNorm2d(channels)
@@ -111,7 +119,7 @@ class Written(nn.Module):
         return self.how(self, x)
 
 
-# --- spellings of one basic block -------------------------------------------------------------------------------------
+# --- spellings of one basic block --------------------
 
 
 def inner(m: Any, x: Tensor) -> Tensor:
@@ -326,7 +334,9 @@ class OptionalArguments(nn.Module):
         self.conv1, self.bn1 = conv3(8), nn.BatchNorm2d(8)
         self.relu = nn.ReLU()
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, *, activate: bool = True) -> Tensor:
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, *, activate: bool = True
+    ) -> Tensor:
         y = self.bn1(self.conv1(x))
         if shortcut is not None:
             y = y + shortcut
@@ -358,7 +368,7 @@ class TwoStreams(nn.Module):
         return F.relu(b + a), {"a": a, "b": b}
 
 
-# --- whole blocks -----------------------------------------------------------------------------------------------------
+# --- whole blocks --------------------
 
 
 class BiasedBlock(nn.Module):
@@ -380,7 +390,9 @@ class BiasedBlock(nn.Module):
         return self.relu(y)
 
 
-def unit(inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True) -> nn.Sequential:
+def unit(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = True
+) -> nn.Sequential:
     """A biased conv, its normalisation and maybe a ReLU as the children of a Sequential."""
     layers: list[nn.Module] = [
         nn.Conv2d(inputs, outputs, kernel_size=kernel, stride=stride, padding=kernel // 2),
@@ -390,10 +402,17 @@ def unit(inputs: int, outputs: int, kernel: int, stride: int = 1, act: bool = Tr
 
 
 class SequentialBlock(nn.Module):
-    """Units that are Sequentials, the sum added in place into the last one's output; 2 of them, or 3 for a bottleneck."""
+    """Units that are Sequentials, the sum added in place into the last one's output; 2 of them, or
+    3 for a bottleneck.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, stride: int, downsample: nn.Module | None = None, bottleneck: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        downsample: nn.Module | None = None,
+        bottleneck: bool = False,
     ) -> None:
         super().__init__()
         if bottleneck:
@@ -419,10 +438,18 @@ class SequentialBlock(nn.Module):
 
 
 class SequentialResNet(nn.Module):
-    """A ResNet of SequentialBlocks. `swapped` passes a stage's stride and number of blocks the wrong way round."""
+    """A ResNet of SequentialBlocks. `swapped` passes a stage's stride and number of blocks the
+    wrong way round.
+    """
 
     def __init__(
-        self, layers: list[int], *, bottleneck: bool = False, swapped: bool = False, width: int = 64, classes: int = 10
+        self,
+        layers: list[int],
+        *,
+        bottleneck: bool = False,
+        swapped: bool = False,
+        width: int = 64,
+        classes: int = 10,
     ) -> None:
         super().__init__()
         self.bottleneck, self.channels = bottleneck, width
@@ -440,11 +467,14 @@ class SequentialResNet(nn.Module):
         downsample = None
         if stride != 1 or self.channels != widened:
             downsample = nn.Sequential(
-                nn.Conv2d(self.channels, widened, kernel_size=1, stride=stride), nn.BatchNorm2d(widened)
+                nn.Conv2d(self.channels, widened, kernel_size=1, stride=stride),
+                nn.BatchNorm2d(widened),
             )
         made = [SequentialBlock(self.channels, outputs, stride, downsample, self.bottleneck)]
         self.channels = widened
-        made += [SequentialBlock(widened, outputs, 1, None, self.bottleneck) for _ in range(blocks - 1)]
+        made += [
+            SequentialBlock(widened, outputs, 1, None, self.bottleneck) for _ in range(blocks - 1)
+        ]
         return nn.Sequential(*made)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -482,7 +512,9 @@ class PoolingShortcut(nn.Module):
         self.conv2, self.bn2 = conv3(12), nn.BatchNorm2d(12)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = nn.Sequential(
-            nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)
+            nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(8, 12, 1),
+            nn.BatchNorm2d(12),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -509,7 +541,9 @@ class PreActivation(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3(inputs, outputs, stride=stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv3(outputs)
-        self.project = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+        self.project = (
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(x))
@@ -520,7 +554,9 @@ class PreActivation(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """A gate between the last normalisation and the sum: the first run still fuses, the last one without sum."""
+    """A gate between the last normalisation and the sum: the first run still fuses, the last one
+    without sum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +564,11 @@ class SqueezeExcite(nn.Module):
         self.conv2, self.bn2 = conv3(8), nn.BatchNorm2d(8)
         self.relu = nn.ReLU(inplace=True)
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 1), nn.Sigmoid()
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(8, 4, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 8, 1),
+            nn.Sigmoid(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -555,9 +595,14 @@ class Vgg(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-            nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+        )
         self.pool = nn.AdaptiveAvgPool2d(3)
         self.classifier = nn.Linear(16 * 9, 12)
 
@@ -654,7 +699,9 @@ class SteepRelu(nn.ReLU):
 
 
 class Nested(nn.Module):
-    """A conv whose normalisation and activation live in other modules, which nothing but the root sees together."""
+    """A conv whose normalisation and activation live in other modules, which nothing but the root
+    sees together.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -713,7 +760,7 @@ def hooked_before(name: str) -> nn.Module:
 
 
 def instance_forward() -> nn.Module:
-    """A conv whose forward is replaced on the instance, as some quantisation and tracing tools do."""
+    """A conv whose forward is replaced on the instance, as some quantisation tools do."""
     model = BiasedBlock(8)
 
     def doubled(self: nn.Conv2d, input: Tensor) -> Tensor:
@@ -736,13 +783,18 @@ def spectral() -> nn.Module:
 
 
 def written(how: Callable[[Any, Tensor], Any], **entry: Any) -> ZooEntry:
-    """A ZooEntry for a spelling of the basic block; both runs fuse with the sum in the second unless told."""
+    """A ZooEntry for a spelling of the basic block; both runs fuse with the sum in the second
+    unless told.
+    """
     return ZooEntry(
-        lambda: Written(how), **{"fused": {"conv1": "conv-bn-relu", "conv2": "conv-bn-add-relu"}, **entry}
+        lambda: Written(how),
+        **{"fused": {"conv1": "conv-bn-relu", "conv2": "conv-bn-add-relu"}, **entry},
     )
 
 
-def chain(make: Callable[[], nn.Module], pattern: str | None = "conv-bn-relu", **entry: Any) -> ZooEntry:
+def chain(
+    make: Callable[[], nn.Module], pattern: str | None = "conv-bn-relu", **entry: Any
+) -> ZooEntry:
     """A ZooEntry for one run whose first module is conv1; `pattern` None: must not be fused."""
     if pattern is None:
         return ZooEntry(make, **{"never": ("conv1",), **entry})
@@ -777,17 +829,23 @@ ZOO: dict[str, ZooEntry] = {
     "functional_relu_in_place": written(functional_relu_in_place),
     "method_relu_in_place": written(method_relu_in_place),
     "linear_sum": written(linear_sum, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-add"}),
-    "relu_before_add": written(relu_before_add, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}),
+    "relu_before_add": written(
+        relu_before_add, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}
+    ),
     "scaled_add": written(scaled_add, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
     "add_number": written(add_number, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
     "add_broadcast": written(add_broadcast, fused={"conv1": "conv-bn-relu"}),
     "add_itself": written(add_itself, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
     "add_two_runs": written(add_two_runs, fused={}),
     "sum_read_twice": written(sum_read_twice, fused={"conv1": "conv-bn-relu"}),
-    "reversed_order": written(reversed_order, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}),
+    "reversed_order": written(
+        reversed_order, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}
+    ),
     "unused_conv": written(unused_conv, fused={"conv1": "conv-bn-relu"}, never=("conv2",)),
     # dangerous spellings
-    "conv_read_twice": written(conv_read_twice, fused={}, never=("conv1",), skipped={"conv1": "read"}),
+    "conv_read_twice": written(
+        conv_read_twice, fused={}, never=("conv1",), skipped={"conv1": "read"}
+    ),
     "bn_read_twice": written(bn_read_twice, fused={}),
     "in_place_relu_seen_by_other": written(in_place_relu_seen_by_other, fused={}),
     "in_place_on_the_input": written(in_place_on_the_input, fused={}, trainable=False),
@@ -795,7 +853,9 @@ ZOO: dict[str, ZooEntry] = {
     "shortcut_changed_after": written(shortcut_changed_after, fused={}),
     "shortcut_changed_before": written(shortcut_changed_before, fused={}),
     "conv_input_changed_after": written(conv_input_changed_after, fused={}, trainable=False),
-    "conv_used_twice": written(conv_used_twice, fused={}, never=("conv1", "bn1"), skipped={"conv1": "."}),
+    "conv_used_twice": written(
+        conv_used_twice, fused={}, never=("conv1", "bn1"), skipped={"conv1": "."}
+    ),
     "bn_used_twice": written(bn_used_twice, fused={}, never=("bn1",)),
     "weight_read_elsewhere": written(weight_read_elsewhere, fused={}),
     "under_no_grad": written(under_no_grad, fused={}),
@@ -804,19 +864,30 @@ ZOO: dict[str, ZooEntry] = {
     # control flow and side effects
     "asks_for_training": written(asks_for_training, fused={}),
     "stores_an_attribute": written(stores_an_attribute, fused={}, observe=lambda m: m.last),
-    "counts_its_calls": written(counts_its_calls, fused={}, observe=lambda m: torch.tensor(m.calls)),
+    "counts_its_calls": written(
+        counts_its_calls, fused={}, observe=lambda m: torch.tensor(m.calls)
+    ),
     "dropout_between": written(dropout_between, fused={}),
     "drop_path": written(drop_path, fused={}),
-    "data_dependent": written(data_dependent, fused={}, never=("conv1", "conv2"), skipped={"conv1": "."}),
+    "data_dependent": written(
+        data_dependent, fused={}, never=("conv1", "conv2"), skipped={"conv1": "."}
+    ),
     "mixed": ZooEntry(
-        Mixed, fused=under("a", BASIC) | under("c", BASIC), never=("b.conv1", "b.conv2"), skipped={"b.conv1": "."}
+        Mixed,
+        fused=under("a", BASIC) | under("c", BASIC),
+        never=("b.conv1", "b.conv2"),
+        skipped={"b.conv1": "."},
     ),
     "optional_arguments": ZooEntry(Caller),
     "keyword_arguments": ZooEntry(OptionalArguments, kwargs={"activate": False}),
-    "two_streams": ZooEntry(TwoStreams, inputs=((2, 8, 5, 4), (2, 6, 9, 7)), fused={"conv1": "conv-bn-relu"}),
+    "two_streams": ZooEntry(
+        TwoStreams, inputs=((2, 8, 5, 4), (2, 6, 9, 7)), fused={"conv1": "conv-bn-relu"}
+    ),
     # activations and normalisations
     **{
-        f"act_{name}": chain(lambda make=make: Chain(conv3(8), nn.BatchNorm2d(8), make()), f"conv-bn-{name}")
+        f"act_{name}": chain(
+            lambda make=make: Chain(conv3(8), nn.BatchNorm2d(8), make()), f"conv-bn-{name}"
+        )
         for name, make in ACTS.items()
     },
     "act_tanh": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.Tanh()), "conv-bn"),
@@ -826,52 +897,76 @@ ZOO: dict[str, ZooEntry] = {
     ),
     "no_act": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8)), "conv-bn"),
     "no_affine": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8, affine=False), nn.ReLU())),
-    "no_statistics": ZooEntry(lambda: Chain(conv3(8), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())),
+    "no_statistics": ZooEntry(
+        lambda: Chain(conv3(8), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())
+    ),
     "cumulative": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8, momentum=None), nn.ReLU())),
-    "momentum_0.9": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8, momentum=0.9, eps=0.1), nn.ReLU())),
+    "momentum_0.9": chain(
+        lambda: Chain(conv3(8), nn.BatchNorm2d(8, momentum=0.9, eps=0.1), nn.ReLU())
+    ),
     "frozen_statistics": chain(lambda: FrozenNorm(conv3(8), nn.BatchNorm2d(8), nn.ReLU())),
     # convolutions
     "stride_2": chain(lambda: Chain(conv3(8, 5, stride=2), nn.BatchNorm2d(5), nn.ReLU())),
     "stem_7x7": chain(
-        lambda: Chain(nn.Conv2d(3, 12, 7, 2, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU()), inputs=((2, 3, 19, 17),)
+        lambda: Chain(nn.Conv2d(3, 12, 7, 2, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
+        inputs=((2, 3, 19, 17),),
     ),
     "unequal": chain(
         lambda: Chain(nn.Conv2d(8, 6, (3, 1), (1, 2), (1, 0), (2, 1)), nn.BatchNorm2d(6), nn.ReLU())
     ),
     "pointwise": chain(lambda: Chain(nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), nn.ReLU())),
     "grouped": chain(lambda: Chain(conv3(8, groups=2), nn.BatchNorm2d(8), nn.ReLU())),
-    "depthwise": chain(lambda: Chain(conv3(8, 16, groups=8), nn.BatchNorm2d(16), nn.ReLU6())
-                       , "conv-bn-relu6"),
+    "depthwise": chain(
+        lambda: Chain(conv3(8, 16, groups=8), nn.BatchNorm2d(16), nn.ReLU6()), "conv-bn-relu6"
+    ),
     "dilated": chain(lambda: Chain(conv3(8, dilation=2, padding=2), nn.BatchNorm2d(8), nn.ReLU())),
     "padding_same": ZooEntry(lambda: Chain(conv3(8, padding="same"), nn.BatchNorm2d(8), nn.ReLU())),
     "padding_same_even": ZooEntry(
         lambda: Chain(nn.Conv2d(8, 8, 4, padding="same"), nn.BatchNorm2d(8), nn.ReLU())
     ),
-    "padding_valid": ZooEntry(lambda: Chain(conv3(8, padding="valid"), nn.BatchNorm2d(8), nn.ReLU())),
+    "padding_valid": ZooEntry(
+        lambda: Chain(conv3(8, padding="valid"), nn.BatchNorm2d(8), nn.ReLU())
+    ),
     "padding_reflect": chain(
-        lambda: Chain(conv3(8, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU()), None,
+        lambda: Chain(conv3(8, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU()),
+        None,
         skipped={"conv1": "padding"},
     ),
     "other_kinds": ZooEntry(UntouchedKinds, never=("up.0", "line.0", "line.1")),
     # blocks
     "sequential_block": ZooEntry(
-        lambda: SequentialBlock(8, 8, 1), fused={"conv1.0": "conv-bn-relu", "conv2.0": "conv-bn-add-relu"}
+        lambda: SequentialBlock(8, 8, 1),
+        fused={"conv1.0": "conv-bn-relu", "conv2.0": "conv-bn-add-relu"},
     ),
     "sequential_bottleneck": ZooEntry(
         lambda: SequentialBlock(8, 4, 2, unit(8, 16, 1, 2, act=False), bottleneck=True),
-        fused={"conv1.0": "conv-bn-relu", "conv2.0": "conv-bn-relu", "conv3.0": "conv-bn-add-relu",
-               "downsample.0": "conv-bn"},
+        fused={
+            "conv1.0": "conv-bn-relu",
+            "conv2.0": "conv-bn-relu",
+            "conv3.0": "conv-bn(-add-relu)?",
+            "downsample.0": "conv-bn(-add-relu)?",
+        },
     ),
     "projection_without_norm": ZooEntry(lambda: ProjectionWithoutNorm(8, 12, True, 2), fused=BASIC),
     "no_projection": ZooEntry(lambda: ProjectionWithoutNorm(8, 8, False), fused=BASIC),
-    "pooling_shortcut": ZooEntry(PoolingShortcut, fused=BASIC | {"downsample.1": "conv-bn"}),
+    # two runs meet in the sum: either may take it
+    "pooling_shortcut": ZooEntry(
+        PoolingShortcut,
+        fused={
+            "conv1": "conv-bn-relu",
+            "conv2": "conv-bn(-add-relu)?",
+            "downsample.1": "conv-bn(-add-relu)?",
+        },
+    ),
     "zero_padded_shortcut": ZooEntry(ZeroPaddedShortcut, fused=BASIC),
     "pre_activation": ZooEntry(PreActivation, fused={"bn1": "bn-relu"}),
     "pre_activation_projection": ZooEntry(lambda: PreActivation(8, 12, 2)),
     "squeeze_excite": ZooEntry(SqueezeExcite, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
     "dense_layers": ZooEntry(DenseLayers, fused={"bn1": "bn-relu", "bn2": "bn-relu"}),
     "vgg": ZooEntry(
-        Vgg, inputs=((2, 3, 12, 12),), fused={"features.0": "conv-bn-relu", "features.4": "conv-bn-relu"}
+        Vgg,
+        inputs=((2, 3, 12, 12),),
+        fused={"features.0": "conv-bn-relu", "features.4": "conv-bn-relu"},
     ),
     "view_after_run": ZooEntry(ViewAfterRun, fused={"features.0": "conv-bn-relu"}),
     "nested": ZooEntry(Nested),
@@ -879,48 +974,71 @@ ZOO: dict[str, ZooEntry] = {
     "shared_relu": ZooEntry(SharedRelu, fused=under("a", BASIC) | under("b", BASIC)),
     "shared_block": ZooEntry(SharedBlock),
     "shared_conv": ZooEntry(
-        SharedConv, fused={"c.0": "conv-bn-relu"}, never=("a.0", "b.0"), skipped={"a.0": "shared|several|used|tied"}
+        SharedConv,
+        fused={"c.0": "conv-bn-relu"},
+        never=("a.0", "b.0"),
+        skipped={"a.0": "shared|several|used|tied"},
     ),
-    "tied_weights": ZooEntry(TiedWeights, never=("a.0", "b.0"), skipped={"a.0": "shared|tied"}),
+    "tied_weights": ZooEntry(
+        TiedWeights, never=("a.0", "b.0"), skipped={"a.0": "shares|shared|tied"}
+    ),
     "conv_subclass": chain(
-        lambda: Chain(HalvingConv(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), None, skipped={"conv1": "subclass|forward"}
+        lambda: Chain(HalvingConv(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+        None,
+        skipped={"conv1": "subclass|forward"},
     ),
     "plain_subclass": ZooEntry(lambda: Chain(PlainSubclass(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())),
     "norm_subclass": ZooEntry(lambda: Chain(conv3(8), HalvingNorm(8), nn.ReLU()), never=("bn1",)),
     "act_subclass": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8), SteepRelu()), "conv-bn"),
     "hook_on_conv": ZooEntry(
         lambda: with_hook(BiasedBlock(8), "conv1"),
-        fused={"conv2": "conv-bn-add-relu"}, never=("conv1",), skipped={"conv1": "hook"}, observe=seen("conv1"),
+        fused={"conv2": "conv-bn-add-relu"},
+        never=("conv1",),
+        skipped={"conv1": "hook"},
+        observe=seen("conv1"),
     ),
     "hook_on_bn": ZooEntry(
-        lambda: with_hook(BiasedBlock(8), "bn1"), fused={"conv2": "conv-bn-add-relu"}, never=("bn1",),
+        lambda: with_hook(BiasedBlock(8), "bn1"),
+        fused={"conv2": "conv-bn-add-relu"},
+        never=("bn1",),
         observe=seen("bn1"),
     ),
     "hook_on_relu": ZooEntry(lambda: with_hook(BiasedBlock(8), "relu"), observe=seen("relu")),
     "hook_on_sequential": ZooEntry(
         lambda: with_hook(SequentialBlock(8, 8, 1), "conv2"),
-        fused={"conv1.0": "conv-bn-relu", "conv2.0": "conv-bn"}, observe=seen("conv2"),
+        fused={"conv1.0": "conv-bn-relu", "conv2.0": "conv-bn"},
+        observe=seen("conv2"),
     ),
     "hook_on_block": ZooEntry(
         lambda: with_hook(SharedRelu(), "a"), fused=under("b", BASIC), observe=seen("a")
     ),
     "pre_hook_on_conv": ZooEntry(
-        lambda: hooked_before("conv2"), fused={"conv1": "conv-bn-relu"}, never=("conv2",), skipped={"conv2": "hook"}
+        lambda: hooked_before("conv2"),
+        fused={"conv1": "conv-bn-relu"},
+        never=("conv2",),
+        skipped={"conv2": "hook"},
     ),
-    "instance_forward": ZooEntry(instance_forward, fused={"conv2": "conv-bn-add-relu"}, never=("conv1",)),
+    "instance_forward": ZooEntry(
+        instance_forward, fused={"conv2": "conv-bn-add-relu"}, never=("conv1",)
+    ),
     "parametrized": ZooEntry(
-        parametrized, fused={"conv2": "conv-bn-add-relu"}, never=("conv1",), skipped={"conv1": "parametri"}
+        parametrized,
+        fused={"conv2": "conv-bn-add-relu"},
+        never=("conv1",),
+        skipped={"conv1": "parametri"},
     ),
     "spectral_norm": ZooEntry(spectral, fused={"conv2": "conv-bn-add-relu"}, never=("conv1",)),
-}  # fmt: skip
+}
 
 
 def network(layers: list[int], size: int = 64, **options: Any) -> ZooEntry:
     return ZooEntry(lambda: SequentialResNet(layers, **options), inputs=((2, 3, size, size),))
 
 
-# The deep ones are narrow, so that the suite stays quick; depth and structure are what they are for.
+# The deep ones are narrow, so that the suite stays quick; depth and structure are what they are
+# for.
 NETWORKS: dict[str, ZooEntry] = {
+    "resnet14": network([1, 1, 1, 1], bottleneck=True, width=16),
     "resnet18": network([2, 2, 2, 2]),
     "resnet34": network([3, 4, 6, 3], width=16),
     "resnet50": network([3, 4, 6, 3], bottleneck=True, width=32),

@@ -1,4 +1,6 @@
-"""What every test starts from: a fixed seed, and no global setting left changed by the test before."""
+"""What every test starts from: a fixed seed, and no global setting left changed by the test
+before.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fixed_start() -> Iterator[None]:
-    """Seed torch, and put back the thread count, the default dtype and the gradient mode afterwards."""
+    """Seed torch, and put back the thread count, the default dtype and the gradient mode
+    afterwards.
+    """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
     yield
@@ -22,7 +26,10 @@ def fixed_start() -> Iterator[None]:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Memory from torch.empty starts as NaN, so that an element a kernel forgets shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

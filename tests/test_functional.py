@@ -1,7 +1,9 @@
-"""The functional operators against plain PyTorch in the same dtype and in float64, forward and backward.
+"""The functional operators against plain PyTorch in the same dtype and in float64, forward and
+backward.
 
-Every activation, dtype, layout and backend; channels and sizes that are a multiple of nothing; fresh memory poisoned
-with NaN; NaN, infinities and −0.0 as eager has them; statistics that cancel; the same bits at every number of threads.
+Every activation, dtype, layout and backend; channels and sizes that are a multiple of nothing;
+fresh memory poisoned with NaN; NaN, infinities and −0.0 as eager has them; statistics that cancel;
+the same bits at every number of threads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_all_parity, assert_function_parity, assert_parity, assert_same_layout, to_double
+from tolerance import (
+    assert_all_parity,
+    assert_function_parity,
+    assert_parity,
+    assert_same_layout,
+    to_double,
+)
 from torch import Tensor
 
 from resnet_fused import functional
@@ -41,7 +49,9 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY_ACT = pytest.mark.parametrize("act", ACTS)
-WITH_AND_WITHOUT_RESIDUAL = pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+WITH_AND_WITHOUT_RESIDUAL = pytest.mark.parametrize(
+    "with_residual", [False, True], ids=["plain", "residual"]
+)
 
 # batch, channels, height, width, outputs, kernel, stride, padding, dilation, groups
 CONVS: dict[str, tuple[Any, ...]] = {
@@ -76,24 +86,41 @@ def channels(vector: Tensor, like: Tensor) -> Tensor:
 def plain_scale_shift(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, act: str = "none"
 ) -> Tensor:
-    """What a model does: batch norm with fixed statistics, addition, activation, each rounded to the dtype."""
+    """What a model does: batch norm with fixed statistics, addition, activation, each rounded to
+    the dtype.
+    """
     ones = torch.ones_like(scale)
     y = F.batch_norm(x, torch.zeros_like(scale), ones, scale, shift, False, 0.0, 0.0)
     return ACTS[act](y if residual is None else y + residual)
 
 
 def plain_conv(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, act: str, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    act: str,
+    **options: Any,
 ) -> Tensor:
     return plain_scale_shift(F.conv2d(x, weight, None, **options), scale, shift, residual, act=act)
 
 
 def plain_bn(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *, act: str, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    act: str,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     dims = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x.detach().to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0)
+    var, mean = torch.var_mean(
+        x.detach().to(torch.promote_types(x.dtype, torch.float32)), dims, correction=0
+    )
     return ACTS[act](y if residual is None else y + residual), mean, var
 
 
@@ -101,24 +128,39 @@ def options_of(case: str) -> dict[str, Any]:
     return dict(zip(("stride", "padding", "dilation", "groups"), CONVS[case][6:], strict=True))
 
 
-def conv_arguments(case: str, dtype: torch.dtype, layout: str, residual: bool) -> list[Tensor | None]:
+def conv_arguments(
+    case: str, dtype: torch.dtype, layout: str, residual: bool
+) -> list[Tensor | None]:
     n, c, h, w, k, kernel = CONVS[case][:6]
     size = (kernel, kernel) if isinstance(kernel, int) else kernel
     x = noise(n, c, h, w, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    weight = noise(k, c // CONVS[case][9], *size, dtype=dtype, seed=1) / (c * size[0] * size[1]) ** 0.5
+    weight = (
+        noise(k, c // CONVS[case][9], *size, dtype=dtype, seed=1) / (c * size[0] * size[1]) ** 0.5
+    )
     statistics = torch.promote_types(dtype, torch.float32)
     scale, shift = noise(k, dtype=statistics, seed=2), noise(k, dtype=statistics, seed=3)
     shape = F.conv2d(x, weight, None, **options_of(case)).shape
-    other = noise(*shape, dtype=dtype, seed=4).contiguous(memory_format=LAYOUTS[layout]) if residual else None
+    other = (
+        noise(*shape, dtype=dtype, seed=4).contiguous(memory_format=LAYOUTS[layout])
+        if residual
+        else None
+    )
     return [x, weight, scale, shift, other]
 
 
-def bn_arguments(shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool) -> list[Tensor | None]:
+def bn_arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool
+) -> list[Tensor | None]:
     memory = LAYOUTS[layout] if len(shape) == 4 else torch.contiguous_format
     x = (noise(*shape, dtype=dtype) * 2.0 + 0.5).contiguous(memory_format=memory)
     statistics = torch.promote_types(dtype, torch.float32)
-    weight, bias = noise(shape[1], dtype=statistics, seed=2), noise(shape[1], dtype=statistics, seed=3)
-    other = noise(*shape, dtype=dtype, seed=4).contiguous(memory_format=memory) if residual else None
+    weight, bias = (
+        noise(shape[1], dtype=statistics, seed=2),
+        noise(shape[1], dtype=statistics, seed=3),
+    )
+    other = (
+        noise(*shape, dtype=dtype, seed=4).contiguous(memory_format=memory) if residual else None
+    )
     return [x, weight, bias, other]
 
 
@@ -126,7 +168,9 @@ def slope(act: str) -> dict[str, Any]:
     return {"act": act, "negative_slope": 0.1}
 
 
-def conv_function(case: str, act: str, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def conv_function(
+    case: str, act: str, backend: str
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     options = options_of(case)
     return (
         lambda *args: functional.conv_bn_act(*args, **options, **slope(act), backend=backend),
@@ -134,16 +178,29 @@ def conv_function(case: str, act: str, backend: str) -> tuple[Callable[..., Tens
     )
 
 
-def bn_function(act: str, backend: str, eps: float = 1e-5) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def bn_function(
+    act: str, backend: str, eps: float = 1e-5
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return (
         lambda x, weight, bias, residual: functional.bn_act(
-            x, None, None, weight, bias, residual, training=True, eps=eps, **slope(act), backend=backend
+            x,
+            None,
+            None,
+            weight,
+            bias,
+            residual,
+            training=True,
+            eps=eps,
+            **slope(act),
+            backend=backend,
         ),
         lambda x, weight, bias, residual: plain_bn(x, weight, bias, residual, act=act, eps=eps),
     )
 
 
-def gradients(function: Callable[..., Any], args: list[Tensor | None], *, contiguous: bool = False) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Any], args: list[Tensor | None], *, contiguous: bool = False
+) -> list[Tensor]:
     """Gradients of a random projection of the first output, for every tensor argument.
 
     The cotangent has the output's layout, as in a model, unless it is to be contiguous.
@@ -158,14 +215,16 @@ def gradients(function: Callable[..., Any], args: list[Tensor | None], *, contig
     return list(torch.autograd.grad(output, wanted, cotangent))
 
 
-def assert_gradient_parity(pair: tuple[Callable[..., Any], Callable[..., Any]], args: list[Tensor | None]) -> None:
+def assert_gradient_parity(
+    pair: tuple[Callable[..., Any], Callable[..., Any]], args: list[Tensor | None]
+) -> None:
     tested, plain = pair
     actual, eager = gradients(tested, args), gradients(plain, args)
     assert_all_parity(actual, eager, gradients(plain, to_double(args)), what="gradient")
     assert_same_layout(actual[0], eager[0], what="gradient of input")
 
 
-# --- conv_bn_act ------------------------------------------------------------------------------------------------------
+# --- conv_bn_act --------------------
 
 
 @EVERY_BACKEND
@@ -173,7 +232,9 @@ def assert_gradient_parity(pair: tuple[Callable[..., Any], Callable[..., Any]], 
 @EVERY_LAYOUT
 @EVERY_DTYPE
 @EVERY_ACT
-def test_conv_forward(act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str) -> None:
+def test_conv_forward(
+    act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str
+) -> None:
     args = conv_arguments("odd", dtype, layout, with_residual)
     assert_function_parity(*conv_function("odd", act, backend), *args, same_layout=True)
 
@@ -203,14 +264,24 @@ def test_conv_backward(case: str, act: str, with_residual: bool, backend: str) -
 def test_conv_without_scale_or_shift(missing: str, backend: str) -> None:
     x, weight, scale, shift, _ = conv_arguments("odd", torch.float32, "nhwc", False)
     assert scale is not None and shift is not None
-    given = {"scale": None if missing != "shift" else scale, "shift": None if missing != "scale" else shift}
-    whole = [scale if missing == "shift" else torch.ones_like(scale),
-             shift if missing == "scale" else torch.zeros_like(shift)]  # fmt: skip
+    given = {
+        "scale": None if missing != "shift" else scale,
+        "shift": None if missing != "scale" else shift,
+    }
+    whole = [
+        scale if missing == "shift" else torch.ones_like(scale),
+        shift if missing == "scale" else torch.zeros_like(shift),
+    ]
     tested, plain = conv_function("odd", "relu", backend)
     assert_function_parity(
-        lambda a, b, *_: functional.conv_bn_act(a, b, **given, padding=1, act="relu", backend=backend),
-        plain, x, weight, *whole,
-    )  # fmt: skip
+        lambda a, b, *_: functional.conv_bn_act(
+            a, b, **given, padding=1, act="relu", backend=backend
+        ),
+        plain,
+        x,
+        weight,
+        *whole,
+    )
 
 
 @EVERY_BACKEND
@@ -233,7 +304,10 @@ def test_layout_follows_the_weight_too(backend: str) -> None:
 @EVERY_BACKEND
 @pytest.mark.parametrize("kind", ["sliced", "expanded", "transposed", "offset", "mixed_layouts"])
 def test_conv_of_views(kind: str, backend: str) -> None:
-    base, (_, weight, scale, shift, _) = noise(4, 16, 18, 18), conv_arguments("odd", torch.float32, "nchw", False)
+    base, (_, weight, scale, shift, _) = (
+        noise(4, 16, 18, 18),
+        conv_arguments("odd", torch.float32, "nchw", False),
+    )
     x = {
         "sliced": base[::2, 1:15:2, ::2, 1::3],
         "expanded": base[:1, :7].expand(3, 7, 18, 18),
@@ -253,7 +327,7 @@ def test_conv_of_views(kind: str, backend: str) -> None:
     assert torch.equal(base, before[0]) and torch.equal(residual, before[1])
 
 
-# --- scale_shift_act --------------------------------------------------------------------------------------------------
+# --- scale_shift_act --------------------
 
 
 @EVERY_BACKEND
@@ -261,7 +335,9 @@ def test_conv_of_views(kind: str, backend: str) -> None:
 @EVERY_LAYOUT
 @EVERY_DTYPE
 @EVERY_ACT
-def test_scale_shift(act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str) -> None:
+def test_scale_shift(
+    act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str
+) -> None:
     args = bn_arguments((3, 13, 5, 7), dtype, layout, with_residual)
     pair = (
         lambda *a: functional.scale_shift_act(*a, **slope(act), backend=backend),
@@ -272,13 +348,20 @@ def test_scale_shift(act: str, dtype: torch.dtype, layout: str, with_residual: b
         assert_gradient_parity(pair, args)
 
 
-# --- bn_act -----------------------------------------------------------------------------------------------------------
+# --- bn_act --------------------
 
 BN_SHAPES = {
-    "usual": (4, 16, 8, 8), "odd": (3, 13, 5, 7), "one_image": (1, 7, 9, 9), "one_pixel": (5, 9, 1, 1),
-    "one_channel": (4, 1, 6, 5), "wide": (2, 300, 3, 3), "long": (2, 3, 129, 65), "flat": (17, 9), "line": (4, 6, 11),
+    "usual": (4, 16, 8, 8),
+    "odd": (3, 13, 5, 7),
+    "one_image": (1, 7, 9, 9),
+    "one_pixel": (5, 9, 1, 1),
+    "one_channel": (4, 1, 6, 5),
+    "wide": (2, 300, 3, 3),
+    "long": (2, 3, 129, 65),
+    "flat": (17, 9),
+    "line": (4, 6, 11),
     "empty": (0, 5, 4, 4),
-}  # fmt: skip
+}
 
 
 @EVERY_BACKEND
@@ -286,7 +369,9 @@ BN_SHAPES = {
 @EVERY_LAYOUT
 @EVERY_DTYPE
 @EVERY_ACT
-def test_bn_forward(act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str) -> None:
+def test_bn_forward(
+    act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str
+) -> None:
     args = bn_arguments(BN_SHAPES["odd"], dtype, layout, with_residual)
     assert_function_parity(*bn_function(act, backend), *args, same_layout=True)
 
@@ -296,8 +381,12 @@ def test_bn_forward(act: str, dtype: torch.dtype, layout: str, with_residual: bo
 @EVERY_LAYOUT
 @EVERY_ACT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_bn_backward(act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str) -> None:
-    assert_gradient_parity(bn_function(act, backend), bn_arguments((4, 13, 6, 7), dtype, layout, with_residual))
+def test_bn_backward(
+    act: str, dtype: torch.dtype, layout: str, with_residual: bool, backend: str
+) -> None:
+    assert_gradient_parity(
+        bn_function(act, backend), bn_arguments((4, 13, 6, 7), dtype, layout, with_residual)
+    )
 
 
 @EVERY_BACKEND
@@ -315,10 +404,13 @@ def test_bn_shapes(shape: str, layout: str, backend: str) -> None:
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_a_gradient_in_another_layout(act: str, op: str, backend: str) -> None:
     pair = conv_function("3x3", act, backend) if op == "conv" else bn_function(act, backend)
-    make = conv_arguments if op == "conv" else bn_arguments
-    args = make("3x3" if op == "conv" else (4, 13, 6, 7), torch.float32, "nhwc", True)  # type: ignore[operator]
+    if op == "conv":
+        args = conv_arguments("3x3", torch.float32, "nhwc", True)
+    else:
+        args = bn_arguments((4, 13, 6, 7), torch.float32, "nhwc", True)
     actual, eager, reference = (
-        gradients(f, a, contiguous=True) for f, a in zip((*pair, pair[1]), (args, args, to_double(args)), strict=True)
+        gradients(function, values, contiguous=True)
+        for function, values in ((pair[0], args), (pair[1], args), (pair[1], to_double(args)))
     )
     assert_all_parity(actual, eager, reference, what="gradient")
 
@@ -336,7 +428,12 @@ def test_bn_of_an_empty_batch(backend: str) -> None:
 @pytest.mark.parametrize("given", ["none", "weight", "bias"])
 def test_bn_without_affine(given: str, backend: str) -> None:
     x, weight, bias, residual = bn_arguments((4, 13, 6, 7), torch.float32, "nhwc", True)
-    args: list[Tensor | None] = [x, weight if given == "weight" else None, bias if given == "bias" else None, residual]
+    args: list[Tensor | None] = [
+        x,
+        weight if given == "weight" else None,
+        bias if given == "bias" else None,
+        residual,
+    ]
     if given == "bias":  # eager wants a weight beside a bias
         plain = lambda a, _, b, r: plain_bn(a, torch.ones_like(b), b, r, act="relu")  # noqa: E731
     else:
@@ -347,7 +444,9 @@ def test_bn_without_affine(given: str, backend: str) -> None:
 
 @EVERY_BACKEND
 @EVERY_LAYOUT
-@pytest.mark.parametrize(("mean", "std"), [(1e4, 1.0), (1000.0, 0.1), (-1e4, 1.0), (0.0, 1e-4), (1e6, 100.0)])
+@pytest.mark.parametrize(
+    ("mean", "std"), [(1e4, 1.0), (1000.0, 0.1), (-1e4, 1.0), (0.0, 1e-4), (1e6, 100.0)]
+)
 def test_bn_statistics_do_not_cancel(mean: float, std: float, layout: str, backend: str) -> None:
     x, weight, bias, _ = bn_arguments((4, 9, 16, 17), torch.float32, layout, False)
     assert x is not None
@@ -361,7 +460,11 @@ def test_bn_with_a_constant_channel(backend: str) -> None:
     """Variance 0 exactly: eps alone is under the root, however large the constant."""
     x = torch.stack([torch.full((6, 6), c) for c in (0.0, 3.0, 1e4, -1e6)]).expand(3, 4, 6, 6)
     y, mean, var = functional.bn_act(x, training=True, backend=backend)
-    assert torch.equal(var, torch.zeros(4)) and torch.equal(mean, x[0, :, 0, 0]) and torch.equal(y, torch.zeros_like(y))
+    assert (
+        torch.equal(var, torch.zeros(4))
+        and torch.equal(mean, x[0, :, 0, 0])
+        and torch.equal(y, torch.zeros_like(y))
+    )
 
 
 @EVERY_BACKEND
@@ -371,13 +474,17 @@ def test_bn_evaluation(act: str, backend: str) -> None:
     mean, var = noise(13, seed=6), noise(13, seed=7).abs() + 0.2
     kept = mean.clone(), var.clone()
 
-    def plain(a: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def plain(
+        a: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return ACTS[act](F.batch_norm(a, m, v, w, b, False, 0.0, 1e-3) + r), m, v
 
     def tested(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return functional.bn_act(*args, eps=1e-3, **slope(act), backend=backend)
 
-    _, returned_mean, returned_var = assert_function_parity(tested, plain, x, mean, var, weight, bias, residual)
+    _, returned_mean, returned_var = assert_function_parity(
+        tested, plain, x, mean, var, weight, bias, residual
+    )
     returned_mean.add_(1.0)
     returned_var.add_(1.0)
     assert torch.equal(mean, kept[0]) and torch.equal(var, kept[1])
@@ -386,15 +493,33 @@ def test_bn_evaluation(act: str, backend: str) -> None:
 @EVERY_BACKEND
 def test_bn_training_leaves_running_statistics_alone(backend: str) -> None:
     mean, var = torch.full((5,), 2.0), torch.full((5,), 3.0)
-    y, batch_mean, batch_var = functional.bn_act(noise(2, 5, 4, 4), mean, var, training=True, backend=backend)
+    _, batch_mean, batch_var = functional.bn_act(
+        noise(2, 5, 4, 4), mean, var, training=True, backend=backend
+    )
     assert torch.equal(mean, torch.full((5,), 2.0)) and torch.equal(var, torch.full((5,), 3.0))
     assert not batch_mean.requires_grad and not batch_var.requires_grad
-    assert_parity(batch_mean, *(noise(2, 5, 4, 4).to(d).mean((0, 2, 3)) for d in (torch.float32, torch.float64)))
+    assert_parity(
+        batch_mean,
+        *(noise(2, 5, 4, 4).to(d).mean((0, 2, 3)) for d in (torch.float32, torch.float64)),
+    )
 
 
-# --- odd values -------------------------------------------------------------------------------------------------------
+# --- odd values --------------------
 
-ODD = [float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 6.0, -3.0, 3.0]
+ODD = [
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    -0.0,
+    0.0,
+    1e-45,
+    -1e-45,
+    3.4e38,
+    -3.4e38,
+    6.0,
+    -3.0,
+    3.0,
+]
 
 
 def signs(tensor: Tensor) -> Tensor:
@@ -405,7 +530,9 @@ def signs(tensor: Tensor) -> Tensor:
 @EVERY_LAYOUT
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "leaky_relu"])
 def test_odd_values_pass_as_in_eager(act: str, layout: str, backend: str) -> None:
-    """scale 1 and shift −0.0 give the value itself: NaN, infinities and the sign of zero survive as in eager."""
+    """scale 1 and shift −0.0 give the value itself: NaN, infinities and the sign of zero survive
+    as in eager.
+    """
     x = torch.tensor(ODD * 6).reshape(2, 3, 3, 4).contiguous(memory_format=LAYOUTS[layout])
     scale, shift = torch.ones(3), torch.full((3,), -0.0)
     actual = functional.scale_shift_act(x, scale, shift, **slope(act), backend=backend)
@@ -418,7 +545,9 @@ def test_odd_values_pass_as_in_eager(act: str, layout: str, backend: str) -> Non
 @EVERY_ACT
 @pytest.mark.parametrize("where", ["input", "residual"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_odd_pixels_through_every_operator(value: float, where: str, act: str, backend: str) -> None:
+def test_odd_pixels_through_every_operator(
+    value: float, where: str, act: str, backend: str
+) -> None:
     for shape in ((3, 7, 9, 5), (3, 7, 9, 5)):
         conv = conv_arguments("odd", torch.float32, "nhwc", True)
         norm = bn_arguments(shape, torch.float32, "nhwc", True)
@@ -427,7 +556,9 @@ def test_odd_pixels_through_every_operator(value: float, where: str, act: str, b
             assert tensor is not None
             tensor[1, 2, 3, 3] = value
         assert_function_parity(*conv_function("odd", act, backend), *conv)
-        if where == "residual":  # an odd input makes the batch's statistics NaN, which the models test
+        if (
+            where == "residual"
+        ):  # an odd input makes the batch's statistics NaN, which the models test
             assert_function_parity(*bn_function(act, backend), *norm)
 
 
@@ -448,7 +579,7 @@ def test_gradient_where_the_output_is_nan(layout: str, backend: str) -> None:
     assert_all_parity(actual, eager, reference, what="gradient")
 
 
-# --- determinism, autograd, transforms --------------------------------------------------------------------------------
+# --- determinism, autograd, transforms --------------------
 
 
 @EVERY_BACKEND
@@ -459,11 +590,17 @@ def test_same_bits_at_every_number_of_threads(layout: str, backend: str) -> None
     results = []
     for threads in (1, 2, 3, 4, 2):
         torch.set_num_threads(threads)
-        results.append([
-            *bn_function("relu", backend)[0](*args), *gradients(bn_function("relu", backend)[0], args),
-            functional.scale_shift_act(*args, act="silu", backend=backend), conv_function("grouped", "relu", backend)[0](*conv),
-        ])  # fmt: skip
-    if backend == "reference":  # plain PyTorch's own sums depend on the threads: what repeats is what is asked
+        results.append(
+            [
+                *bn_function("relu", backend)[0](*args),
+                *gradients(bn_function("relu", backend)[0], args),
+                functional.scale_shift_act(*args, act="silu", backend=backend),
+                conv_function("grouped", "relu", backend)[0](*conv),
+            ]
+        )
+    if (
+        backend == "reference"
+    ):  # plain PyTorch's own sums depend on the threads: what repeats is what is asked
         assert all(torch.equal(a, b) for a, b in zip(results[1], results[4], strict=True))
         return
     for result in results[1:]:
@@ -488,9 +625,12 @@ def test_gradcheck(act: str, with_residual: bool, backend: str) -> None:
     )
     kernel = noise(3, 4, 2, 2, dtype=torch.float64, seed=1).requires_grad_()
     vectors = [noise(3, dtype=torch.float64, seed=s).requires_grad_() for s in (2, 3)]
-    other = [noise(3, 3, 2, 1, dtype=torch.float64, seed=5).requires_grad_()] if with_residual else []
+    other = (
+        [noise(3, 3, 2, 1, dtype=torch.float64, seed=5).requires_grad_()] if with_residual else []
+    )
     assert torch.autograd.gradcheck(
-        lambda *a: functional.conv_bn_act(*a, **slope(act), backend=backend), [leaves[0], kernel, *vectors, *other]
+        lambda *a: functional.conv_bn_act(*a, **slope(act), backend=backend),
+        [leaves[0], kernel, *vectors, *other],
     )
 
 
@@ -502,8 +642,12 @@ def test_second_derivative_is_right_or_refused(op: str, backend: str) -> None:
     kernel = noise(4, 4, 2, 2, dtype=torch.float64, seed=1)
     function: Callable[..., Tensor] = {
         "conv": lambda a, k, s, t: functional.conv_bn_act(a, k, s, t, act="silu", backend=backend),
-        "scale_shift": lambda a, s, t: functional.scale_shift_act(a, s, t, act="silu", backend=backend),
-        "bn": lambda a, s, t: functional.bn_act(a, None, None, s, t, training=True, act="silu", backend=backend)[0],
+        "scale_shift": lambda a, s, t: functional.scale_shift_act(
+            a, s, t, act="silu", backend=backend
+        ),
+        "bn": lambda a, s, t: functional.bn_act(
+            a, None, None, s, t, training=True, act="silu", backend=backend
+        )[0],
     }[op]
     leaves = [a.requires_grad_() for a in ([x, kernel] if op == "conv" else [x]) + [weight, bias]]
     try:
@@ -523,7 +667,9 @@ def test_vmap(op: str) -> None:
     function: Callable[[Tensor], Tensor] = {
         "conv": lambda a: functional.conv_bn_act(a, weight, scale, shift, act="relu"),
         "scale_shift": lambda a: functional.scale_shift_act(a, scale, shift, act="relu"),
-        "bn": lambda a: functional.bn_act(a, None, None, scale, shift, training=True, act="relu")[0],
+        "bn": lambda a: functional.bn_act(a, None, None, scale, shift, training=True, act="relu")[
+            0
+        ],
     }[op]
     assert torch.equal(torch.func.vmap(function)(x), torch.stack([function(a) for a in x]))
 

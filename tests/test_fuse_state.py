@@ -1,7 +1,8 @@
-"""Nothing is lost and nothing goes stale: state, identity, hooks, copies, threads, checkpoints of a fused model.
+"""Nothing is lost and nothing goes stale: state, identity, hooks, copies, threads, checkpoints of a
+fused model.
 
-The faults looked for are those that hurt in practice: a folded weight that outlives its parameter, statistics updated
-twice, a hook that no longer fires, a half-rewritten model after an exception.
+The faults looked for are those that hurt in practice: a folded weight that outlives its parameter,
+statistics updated twice, a hook that no longer fires, a half-rewritten model after an exception.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import block_zoo
 import pytest
 import torch
-from block_zoo import BiasedBlock, SequentialBlock, ZOO, build, example
+from block_zoo import ZOO, BiasedBlock, SequentialBlock, build, example
 from tolerance import assert_parity, double_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,8 +26,20 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fused
 from resnet_fused import FusionError, explain, fuse, unfuse
 
-SHAPES_OF_STATE = ["biased_block", "sequential_bottleneck", "pre_activation", "cumulative", "no_affine", "vgg", "mixed",
-                   "shared_relu", "tied_weights", "parametrized", "hook_on_conv", "projection_without_norm"]  # fmt: skip
+SHAPES_OF_STATE = [
+    "biased_block",
+    "sequential_bottleneck",
+    "pre_activation",
+    "cumulative",
+    "no_affine",
+    "vgg",
+    "mixed",
+    "shared_relu",
+    "tied_weights",
+    "parametrized",
+    "hook_on_conv",
+    "projection_without_norm",
+]
 
 
 def fused_count(model: nn.Module) -> int:
@@ -44,12 +57,13 @@ def assert_same_function(fused: nn.Module, plain: nn.Module, what: str, *inputs:
 
 
 def network() -> nn.Module:
-    """A stem and two blocks, one of them with a projection: small, and every kind of run is in it."""
+    """A stem and two blocks, one of them with a projection: small, with every kind of run."""
     torch.manual_seed(4)
     model = nn.Sequential(
-        block_zoo.unit(3, 8, 3), SequentialBlock(8, 8, 1),
+        block_zoo.unit(3, 8, 3),
+        SequentialBlock(8, 8, 1),
         SequentialBlock(8, 12, 2, block_zoo.unit(8, 12, 1, 2, act=False)),
-    )  # fmt: skip
+    )
     return block_zoo.randomise(model)
 
 
@@ -57,7 +71,7 @@ def picture(batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, 11, 9, generator=torch.Generator().manual_seed(8))
 
 
-# --- what stays the same ----------------------------------------------------------------------------------------------
+# --- what stays the same --------------------
 
 
 @pytest.mark.parametrize("name", SHAPES_OF_STATE)
@@ -92,7 +106,11 @@ def test_copy_leaves_the_original_alone() -> None:
 
 def test_in_place_keeps_every_parameter() -> None:
     model = network()
-    modules, parameters, buffers = list(model.modules()), list(model.parameters()), list(model.buffers())
+    modules, parameters, buffers = (
+        list(model.modules()),
+        list(model.parameters()),
+        list(model.buffers()),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fused = fuse(model, inplace=True)
     assert fused is model
@@ -103,7 +121,9 @@ def test_in_place_keeps_every_parameter() -> None:
     before = [p.detach().clone() for p in parameters]
     model.train()(picture()).pow(2).sum().backward()
     optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True) if a.dim() == 4)
+    assert all(
+        not torch.equal(a, b) for a, b in zip(before, parameters, strict=True) if a.dim() == 4
+    )
 
 
 def test_mode_and_requires_grad_are_kept() -> None:
@@ -112,13 +132,17 @@ def test_mode_and_requires_grad_are_kept() -> None:
     model[0][0].weight.requires_grad_(False)
     fused = fuse(model)
     assert [m.training for m in fused.modules()] == [m.training for m in model.modules()]
-    assert [p.requires_grad for p in fused.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in fused.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
 
 
 def test_twice_is_once() -> None:
     once = fuse(network())
     twice = fuse(once)
-    assert [type(m).__mro__[1:] for m in twice.modules()] == [type(m).__mro__[1:] for m in once.modules()]
+    assert [type(m).__mro__[1:] for m in twice.modules()] == [
+        type(m).__mro__[1:] for m in once.modules()
+    ]
     assert [str(e) for e in explain(twice).entries] == [str(e) for e in explain(once).entries]
     assert_same_function(twice, network(), "fused twice", picture())
     fuse(twice, inplace=True)
@@ -146,7 +170,9 @@ def test_unfuse_of_a_plain_model_is_a_copy() -> None:
 
 
 def test_training_fused_is_training_unfused() -> None:
-    """The same checkpoint after some optimizer steps, within the budget: fuse → train → unfuse loses nothing."""
+    """The same checkpoint after some optimizer steps, within the budget: fuse → train → unfuse
+    loses nothing.
+    """
 
     def trained(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         model = model.to(dtype).train()
@@ -170,7 +196,7 @@ def test_training_fused_is_training_unfused() -> None:
         assert_parity(value, eager[key], reference[key], what=key, scale=scale if cancels else None)
 
 
-# --- copies -----------------------------------------------------------------------------------------------------------
+# --- copies --------------------
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -186,13 +212,17 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after_a_call"])
-def test_duplicates_are_fused_and_independent(duplicate: Callable[[nn.Module], nn.Module], used: bool) -> None:
+def test_duplicates_are_fused_and_independent(
+    duplicate: Callable[[nn.Module], nn.Module], used: bool
+) -> None:
     fused, x = fuse(network()).eval(), picture()
     if used:
         infer(fused, x)
     twin = duplicate(fused)
     assert fused_count(twin) == fused_count(fused) == 6
-    assert all(isinstance(a, type(b)) for a, b in zip(twin.modules(), network().modules(), strict=True))
+    assert all(
+        isinstance(a, type(b)) for a, b in zip(twin.modules(), network().modules(), strict=True)
+    )
     before = infer(fused, x)
     assert torch.equal(infer(twin, x), before)
     with torch.no_grad():
@@ -233,18 +263,24 @@ def test_average_of_weights() -> None:
     assert_same_function(averages[0], averages[1], "the averaged model", picture())
 
 
-# --- hooks ------------------------------------------------------------------------------------------------------------
+# --- hooks --------------------
 
 
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-@pytest.mark.parametrize("where", ["1.conv1.0", "1.conv1.1", "1.conv1.2", "1.conv1", "1.relu", "1", "2.downsample.0"])
+@pytest.mark.parametrize(
+    "kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+@pytest.mark.parametrize(
+    "where", ["1.conv1.0", "1.conv1.1", "1.conv1.2", "1.conv1", "1.relu", "1", "2.downsample.0"]
+)
 def test_a_hook_registered_after_fuse_fires(where: str, kind: str) -> None:
-    """On a module whose forward the fused run took over as well: then this run goes back to eager."""
+    """On a module whose forward the fused run took over as well: then the run goes back to eager."""
     calls: dict[str, int] = {}
     models = {"fused": fuse(network()).train(), "plain": network().train()}
     for key, model in models.items():
         model(picture())
-        handle = getattr(model.get_submodule(where), kind)(lambda *_, key=key: calls.update({key: calls.get(key, 0) + 1}))
+        handle = getattr(model.get_submodule(where), kind)(
+            lambda *_, key=key: calls.update({key: calls.get(key, 0) + 1})
+        )
         model(picture().requires_grad_()).sum().backward()
         handle.remove()
         model(picture().requires_grad_()).sum().backward()
@@ -265,7 +301,9 @@ def test_global_hooks_fire_for_consumed_modules() -> None:
     for key, model in {"fused": fuse(network()).eval(), "plain": network().eval()}.items():
         names = {m: n for n, m in model.named_modules()}
         handle = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, args, output, key=key, names=names: seen.setdefault(key, []).append(names[module])
+            lambda module, args, output, key=key, names=names: seen.setdefault(key, []).append(
+                names[module]
+            )
         )
         infer(model, picture())
         handle.remove()
@@ -293,20 +331,24 @@ def test_state_dict_hooks_and_backward_hooks_on_parameters() -> None:
     assert seen == ["weight", "state"]
 
 
-# --- nothing goes stale -----------------------------------------------------------------------------------------------
+# --- nothing goes stale --------------------
 
 
 def load(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(21)
     state = {
-        k: torch.rand(v.shape, generator=generator).to(v.dtype) + 0.5 if v.dtype.is_floating_point else v
+        k: torch.rand(v.shape, generator=generator).to(v.dtype) + 0.5
+        if v.dtype.is_floating_point
+        else v
         for k, v in model.state_dict().items()
     }
     model.load_state_dict(state)
 
 
 def load_assign(model: nn.Module) -> None:
-    model.load_state_dict({k: v * 1.25 for k, v in model.state_dict().items() if v.dim()}, strict=False, assign=True)
+    model.load_state_dict(
+        {k: v * 1.25 for k, v in model.state_dict().items() if v.dim()}, strict=False, assign=True
+    )
 
 
 def step(model: nn.Module) -> None:
@@ -374,9 +416,22 @@ def swap_out_and_in(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [load, load_assign, step, edit, edit_data, edit_statistics, edit_norm, replace, replace_often, drop_bias,
-     change_eps, train_and_back, swap_out_and_in],
-)  # fmt: skip
+    [
+        load,
+        load_assign,
+        step,
+        edit,
+        edit_data,
+        edit_statistics,
+        edit_norm,
+        replace,
+        replace_often,
+        drop_bias,
+        change_eps,
+        train_and_back,
+        swap_out_and_in,
+    ],
+)
 def test_a_change_after_the_first_call_is_seen(change: Callable[[nn.Module], None]) -> None:
     fused, plain = fuse(network()), network()
     first = infer(fused, picture())
@@ -405,7 +460,9 @@ def test_layout_of_the_model_after_the_first_call() -> None:
 
 
 def test_a_run_frozen_in_parts() -> None:
-    """Half of the statistics frozen by hand, as fine-tuning does: each normalisation goes by its own mode."""
+    """Half of the statistics frozen by hand, as fine-tuning does: each normalisation goes by its
+    own mode.
+    """
     models = [fuse(network()), network(), double_model(network())]
     for model in models:
         model.train()
@@ -413,11 +470,13 @@ def test_a_run_frozen_in_parts() -> None:
         model[2].conv2.eval()
     out = [m(picture().to(m[0][0].weight.dtype)) for m in models]
     assert_parity(*out, what="output")
-    for (name, a), b, r in zip(models[0].named_buffers(), models[1].buffers(), models[2].buffers(), strict=True):
+    for (name, a), b, r in zip(
+        models[0].named_buffers(), models[1].buffers(), models[2].buffers(), strict=True
+    ):
         assert_parity(a, b, r, what=name)
 
 
-# --- an exception in the middle ---------------------------------------------------------------------------------------
+# --- an exception in the middle --------------------
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -469,7 +528,7 @@ def test_fuse_wants_a_module() -> None:
         fuse(network(), filter_fn="conv1")  # type: ignore[arg-type]
 
 
-# --- ways of calling --------------------------------------------------------------------------------------------------
+# --- ways of calling --------------------
 
 
 def test_threads_share_one_model() -> None:
@@ -484,7 +543,9 @@ def test_threads_share_one_model() -> None:
         try:
             start.wait()
             for _ in range(8):
-                assert_parity(infer(fused, pictures[i]), wanted[i], reference[i], what=f"thread {i}")
+                assert_parity(
+                    infer(fused, pictures[i]), wanted[i], reference[i], what=f"thread {i}"
+                )
         except BaseException as error:
             errors.append(error)
 
@@ -498,7 +559,9 @@ def test_threads_share_one_model() -> None:
 
 
 def _in_the_child(model: nn.Module, x: Tensor, pipe: Any) -> None:
-    torch.set_num_threads(1)  # as DataLoader's workers do; with more, eager PyTorch itself hangs after a fork
+    torch.set_num_threads(
+        1
+    )  # as DataLoader's workers do; with more, eager PyTorch itself hangs after a fork
     pipe.send(infer(model, x).numpy())
     model.train()(x).sum().backward()
     pipe.send(True)
@@ -506,7 +569,9 @@ def _in_the_child(model: nn.Module, x: Tensor, pipe: Any) -> None:
 
 
 def test_a_forked_child_of_a_warm_parent() -> None:
-    """OpenMP's pool does not survive a fork: the child must get an answer, in time, wherever eager's child does."""
+    """OpenMP's pool does not survive a fork: the child must get an answer, in time, wherever
+    eager's child does.
+    """
     context = multiprocessing.get_context("fork")
     fused, x = fuse(network()).eval(), picture()
     wanted = infer(fused, x)
@@ -533,7 +598,9 @@ def test_functional_call(training: bool) -> None:
     results = []
     for model in (fused, plain, double_model(plain)):
         dtype = model[0][0].weight.dtype
-        given = {k: v.to(dtype) if v.dtype.is_floating_point else v.clone() for k, v in state.items()}
+        given = {
+            k: v.to(dtype) if v.dtype.is_floating_point else v.clone() for k, v in state.items()
+        }
         results.append((torch.func.functional_call(model, given, (x.to(dtype),)), given))
     assert_parity(*(r[0] for r in results), what="output")
     for key in state:
@@ -543,7 +610,9 @@ def test_functional_call(training: bool) -> None:
 
 @pytest.mark.parametrize("name", ["biased_block", "pre_activation"])
 def test_gradient_checkpointing(name: str) -> None:
-    """The same gradients as eager's under checkpointing, and the same statistics: updated as often."""
+    """The same gradients as eager's under checkpointing, and the same statistics: updated as
+    often.
+    """
     fused, plain = fuse(build(name)).train(), build(name).train()
     grads: list[list[Tensor]] = []
     models = [fused, plain, double_model(plain)]
@@ -553,8 +622,12 @@ def test_gradient_checkpointing(name: str) -> None:
         grads.append([x.grad, *(p.grad for p in model.parameters())])
     scale = max(g.abs().max().item() for g in grads[2])
     for (i, g), e, r in zip(enumerate(grads[0]), grads[1], grads[2], strict=True):
-        assert_parity(g, e, r, what=f"gradient {i}", scale=scale if r.abs().max() < 1e-9 * scale else None)
-    for (key, a), b, r in zip(fused.named_buffers(), plain.buffers(), models[2].buffers(), strict=True):
+        assert_parity(
+            g, e, r, what=f"gradient {i}", scale=scale if r.abs().max() < 1e-9 * scale else None
+        )
+    for (key, a), b, r in zip(
+        fused.named_buffers(), plain.buffers(), models[2].buffers(), strict=True
+    ):
         assert_parity(a, b, r, what=key)
 
 
@@ -622,18 +695,23 @@ def test_batches_of_none_and_one(batch: int) -> None:
     assert_same_function(fused, plain, f"batch {batch}", picture(batch))
     if batch:
         assert_parity(
-            fused.train()(picture(batch)), plain.train()(picture(batch)),
+            fused.train()(picture(batch)),
+            plain.train()(picture(batch)),
             double_model(network()).train()(picture(batch).double()),
             what="training",
-        )  # fmt: skip
+        )
 
 
 def test_one_value_per_channel_is_eagers_error() -> None:
     fused = fuse(build("biased_block")).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fused(torch.zeros(1, 8, 1, 1))
-    for (name, after), before in zip(fused.named_buffers(), build("biased_block").buffers(), strict=True):
-        assert torch.equal(after, before) or name.endswith("num_batches_tracked")  # eager counts before it looks
+    for (name, after), before in zip(
+        fused.named_buffers(), build("biased_block").buffers(), strict=True
+    ):
+        assert torch.equal(after, before) or name.endswith(
+            "num_batches_tracked"
+        )  # eager counts before it looks
 
 
 @pytest.mark.parametrize("kind", ["expanded", "sliced", "transposed", "offset"])
@@ -698,6 +776,9 @@ def test_a_module_added_later_is_not_touched() -> None:
 def test_zoo_has_no_shared_state() -> None:
     """Guard of this file: `build` gives equal, independent models."""
     a, b = build("biased_block"), build("biased_block")
-    assert all(torch.equal(x, y) and x is not y for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) and x is not y
+        for x, y in zip(a.parameters(), b.parameters(), strict=True)
+    )
     assert set(ZOO) >= set(SHAPES_OF_STATE)
     assert resnet_fused.__name__ == "resnet_fused"

@@ -1,4 +1,6 @@
-"""The registered operators: schemas, fakes, autograd registration, autocast, and what they may not do."""
+"""The registered operators: schemas, fakes, autograd registration, autocast, and what they may not
+do.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,23 @@ def pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def conv_sample(case: str, dtype: torch.dtype, layout: str, residual: bool, act: str = "relu") -> Sample:
+def conv_sample(
+    case: str, dtype: torch.dtype, layout: str, residual: bool, act: str = "relu"
+) -> Sample:
     *_, stride, padding, dilation, groups = CONVS[case]
     args = conv_arguments(case, dtype, layout, residual)
     return "conv_bn_act", (*args, pair(stride), pair(padding), pair(dilation), groups, act, 0.1)
 
 
-def scale_sample(shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, act: str = "relu") -> Sample:
+def scale_sample(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, act: str = "relu"
+) -> Sample:
     return "scale_shift_act", (*bn_arguments(shape, dtype, layout, residual), act, 0.1)
 
 
-def bn_sample(shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, act: str = "relu") -> Sample:
+def bn_sample(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, residual: bool, act: str = "relu"
+) -> Sample:
     x, weight, bias, other = bn_arguments(shape, dtype, layout, residual)
     return "bn_act", (x, other, weight, bias, 1e-5, act, 0.1)
 
@@ -46,7 +54,11 @@ def backward_sample(
     y, mean, var = ops.bn_act(x, other, weight, bias, eps, act, slope)
     piecewise = act in ("none", "relu", "relu6", "leaky_relu")
     kept = None if piecewise else other, y if residual and piecewise and act != "none" else None
-    grad = noise(*shape, dtype=torch.float64, seed=8).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    grad = (
+        noise(*shape, dtype=torch.float64, seed=8)
+        .to(dtype)
+        .contiguous(memory_format=LAYOUTS[layout])
+    )
     return "bn_act_backward", (grad, x, *kept, mean, var, weight, bias, eps, act, slope, residual)
 
 
@@ -100,17 +112,29 @@ def test_opcheck_of_every_activation(op: str, act: str) -> None:
 @pytest.mark.parametrize("case", CONVS)
 def test_conv_fake_gives_the_strides(case: str, layout: str) -> None:
     name, args = conv_sample(case, torch.float32, layout, True)
-    torch.library.opcheck(getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        getattr(ops, name).default, args, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("kind", ["sliced", "transposed", "expanded"])
 @pytest.mark.parametrize("op", ["scale_shift_act", "bn_act"])
 def test_fake_of_views(op: str, kind: str) -> None:
     base = noise(4, 8, 10, 10)
-    x = {"sliced": base[::2, ::2, ::2], "transposed": base.transpose(2, 3), "expanded": base[:, :1].expand(4, 8, 10, 10)}
+    x = {
+        "sliced": base[::2, ::2, ::2],
+        "transposed": base.transpose(2, 3),
+        "expanded": base[:, :1].expand(4, 8, 10, 10),
+    }
     one, zero = torch.ones(x[kind].shape[1]), torch.zeros(x[kind].shape[1])
-    args = (x[kind], one, zero, None, "relu", 0.0) if op == "scale_shift_act" else (x[kind], None, one, zero, 1e-5, "relu", 0.0)
-    torch.library.opcheck(getattr(ops, op).default, args, test_utils=("test_schema", "test_faketensor"))
+    args = (
+        (x[kind], one, zero, None, "relu", 0.0)
+        if op == "scale_shift_act"
+        else (x[kind], None, one, zero, 1e-5, "relu", 0.0)
+    )
+    torch.library.opcheck(
+        getattr(ops, op).default, args, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -118,7 +142,11 @@ def test_meta_tensors_give_shapes(op: str) -> None:
     name, args = MAKERS[op](torch.float32, "nhwc", True)
     real = getattr(ops, name)(*args)
     fake = getattr(ops, name)(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-    for r, f in zip(real if isinstance(real, tuple) else [real], fake if isinstance(fake, tuple) else [fake], strict=True):
+    for r, f in zip(
+        real if isinstance(real, tuple) else [real],
+        fake if isinstance(fake, tuple) else [fake],
+        strict=True,
+    ):
         assert (f.shape, f.dtype, f.device.type) == (r.shape, r.dtype, "meta")
 
 
@@ -127,7 +155,10 @@ def test_arguments_are_untouched(op: str) -> None:
     name, args = MAKERS[op](torch.float32, "nchw", True)
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
     getattr(ops, name)(*args)
-    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(args, before, strict=True))
+    assert all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(args, before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -162,15 +193,21 @@ def test_training_keeps_little_for_backward() -> None:
 @pytest.mark.parametrize("length", [0, 4, 6])
 @pytest.mark.parametrize("argument", ["scale", "shift", "weight", "bias", "mean", "var"])
 def test_wrong_lengths_reach_no_memory(argument: str, length: int) -> None:
-    """The operators themselves, called past the functional layer, refuse vectors of another length."""
+    """The operators themselves, called past the functional layer, refuse vectors of another
+    length.
+    """
     x, good, bad = noise(2, 5, 4, 4), torch.ones(5), torch.ones(length)
     calls: dict[str, Callable[[], Any]] = {
         "scale": lambda: ops.scale_shift_act(x, bad, good, None, "relu", 0.0),
         "shift": lambda: ops.scale_shift_act(x, good, bad, None, "relu", 0.0),
         "weight": lambda: ops.bn_act(x, None, bad, good, 1e-5, "relu", 0.0),
         "bias": lambda: ops.bn_act(x, None, good, bad, 1e-5, "relu", 0.0),
-        "mean": lambda: ops.bn_act_backward(x, x, None, None, bad, good, good, good, 1e-5, "relu", 0.0, False),
-        "var": lambda: ops.bn_act_backward(x, x, None, None, good, bad, good, good, 1e-5, "relu", 0.0, False),
+        "mean": lambda: ops.bn_act_backward(
+            x, x, None, None, bad, good, good, good, 1e-5, "relu", 0.0, False
+        ),
+        "var": lambda: ops.bn_act_backward(
+            x, x, None, None, good, bad, good, good, 1e-5, "relu", 0.0, False
+        ),
     }
     with pytest.raises((RuntimeError, ValueError)):
         calls[argument]()

@@ -1,8 +1,9 @@
 """The only comparator of the test suite.
 
-A result is right when its error against a float64 computation is at most twice the error that plain PyTorch makes in
-the same dtype, plus one rounding of that dtype. Errors are relative to the largest magnitude of the reference.
-NaN and infinities have to be where plain PyTorch has them. Nothing here takes a looser budget.
+A result is right when its error against a float64 computation is at most twice the error that plain
+PyTorch makes in the same dtype, plus one rounding of that dtype. Errors are relative to the largest
+magnitude of the reference. NaN and infinities have to be where plain PyTorch has them. Nothing here
+takes a looser budget.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 EAGER_FACTOR = 2.0
 
 DOUBLE_ROUNDINGS = 64
-"""What a float64 result may be off, in roundings of float64: there the reference is eager itself, no better than what
-it judges, and sums run in another order. A single step in float32 costs five hundred million of them."""
+"""What a float64 result may be off, in roundings of float64: there the reference is eager itself,
+no better than what it judges, and sums run in another order. A single step in float32 costs five
+hundred million of them."""
 
 
 def one_rounding(dtype: torch.dtype) -> float:
@@ -58,13 +60,18 @@ def assert_parity(
 ) -> None:
     """Hold `actual` to the budget that `eager` (the same dtype) and `reference64` set.
 
-    `scale` is for a quantity that is zero but for rounding (a bias in front of a batch normalisation has no
-    gradient): the size of the terms that cancel, for which max|reference64| says nothing.
+    `scale` is for a quantity that is zero but for rounding (a bias in front of a batch
+    normalisation has no gradient): the size of the terms that cancel, for which max|reference64|
+    says nothing.
     """
-    assert actual.shape == eager.shape, f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
+    assert actual.shape == eager.shape, (
+        f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
+    )
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager {eager.dtype}"
     assert actual.device == eager.device, f"{what}: device {actual.device}, eager {eager.device}"
-    assert reference64.shape == eager.shape, f"{what}: the reference has shape {tuple(reference64.shape)}"
+    assert reference64.shape == eager.shape, (
+        f"{what}: the reference has shape {tuple(reference64.shape)}"
+    )
     actual, eager, reference64 = actual.detach(), eager.detach(), reference64.detach()
     if not actual.dtype.is_floating_point:
         assert torch.equal(actual, eager), f"{what}: {actual} is not {eager}"
@@ -87,7 +94,8 @@ def assert_parity(
         budget = DOUBLE_ROUNDINGS * one_rounding(torch.float64)
     assert error <= budget, (
         f"{what}: relative error {error:.3e} is over the budget {budget:.3e} "
-        f"(eager's own error {eager_error:.3e}, scale {scale:.3e}, {actual.dtype}, shape {tuple(actual.shape)})"
+        f"(eager's own error {eager_error:.3e}, scale {scale:.3e}, {actual.dtype}, "
+        f"shape {tuple(actual.shape)})"
     )
 
 
@@ -106,15 +114,21 @@ def assert_all_parity(
 
 def assert_same_layout(actual: Tensor, eager: Tensor, *, what: str = "result") -> None:
     """Strides as eager's; a dimension of size 0 or 1 has no stride that matters."""
-    assert actual.shape == eager.shape, f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
+    assert actual.shape == eager.shape, (
+        f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
+    )
     if actual.numel() == 0:
         return
     for size, stride, wanted in zip(actual.shape, actual.stride(), eager.stride(), strict=True):
-        assert size == 1 or stride == wanted, f"{what}: strides {actual.stride()}, eager {eager.stride()}"
+        assert size == 1 or stride == wanted, (
+            f"{what}: strides {actual.stride()}, eager {eager.stride()}"
+        )
 
 
 def to_double(value: Any) -> Any:
-    """`value` with every floating tensor in it copied to float64, leaves with the same requires_grad."""
+    """`value` with every floating tensor in it copied to float64, leaves with the same
+    requires_grad.
+    """
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             return value.clone()
@@ -150,7 +164,9 @@ def assert_function_parity(
     same_layout: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Hold `tested(*args)` to `plain(*args)`, which is also run in float64; returns what `tested` returned."""
+    """Hold `tested(*args)` to `plain(*args)`, which is also run in float64; returns what `tested`
+    returned.
+    """
     actual, eager = tested(*args, **kwargs), plain(*args, **kwargs)
     reference = plain(*to_double(args), **to_double(kwargs))
     assert_all_parity(flatten(actual), flatten(eager), flatten(reference), what=what)
