@@ -8,7 +8,6 @@ Python >= 3.10 and torch >= 2.11. It is loaded with ``torch.ops.load_library``. 
 import glob
 import os
 import shutil
-import sys
 
 from setuptools import setup
 
@@ -22,19 +21,16 @@ except ImportError as error:
 
 TORCH_2_11 = "0x020b000000000000"
 
-if sys.platform == "win32":
-    COMPILE = ["/O2", "/openmp:experimental"]
-else:
-    # NaN and signed zeros are kept: everything that -ffast-math stands for but the two harmless parts.
-    COMPILE = [
-        "-O3",
-        "-fopenmp-simd",
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-g0",
-    ]
+# GCC or Clang. Values are kept, NaN and signed zeros too: never -ffast-math.
+COMPILE = [
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+]
 
 cpu = CppExtension(
     "resnet_fused._C_cpu",
@@ -47,10 +43,10 @@ cpu = CppExtension(
 
 
 class Build(BuildExtension):
-    """Builds nothing, with one warning, where there is no C++ compiler."""
+    """Builds nothing, with one warning, where there is no GCC or Clang."""
 
     def run(self) -> None:
-        compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "c++").split()[0]
+        compiler = os.environ.get("CXX", "c++").split()[0]
         if shutil.which(compiler) is None:
             self.warn(
                 f"no C++ compiler ({compiler!r} not found; set CXX to name one): resnet_fused is "

@@ -23,7 +23,7 @@ void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t cha
   for (int64_t row = 0; row < chunks.count * copies; ++row) {
     const double length = static_cast<double>(chunks.length(row / copies));
     for (int64_t c = begin; c < end; ++c) {
-      double& chunk_mean = partial.mean[row * channels + c];
+      double& chunk_mean = partial.shift[row * channels + c];
       const double left = partial.deviation[row * channels + c];
       if (std::isfinite(left)) {
         chunk_mean += left / length;
@@ -36,7 +36,7 @@ void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t cha
   for (int64_t row = 0; row < chunks.count * copies; ++row) {
     const double length = static_cast<double>(chunks.length(row / copies));
     for (int64_t c = begin; c < end; ++c) {
-      const double distance = partial.mean[row * channels + c] - mean[c];
+      const double distance = partial.shift[row * channels + c] - mean[c];
       var[c] += partial.moment[row * channels + c] + length * distance * distance;
     }
   }

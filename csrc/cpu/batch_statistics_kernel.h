@@ -2,26 +2,17 @@
 
 #include "channel_sums.h"
 
+// deviation += sum of x - shift, moment += sum of (x - shift)^2
 template <class A>
-void add_samples(const Tile& tile, const A* x, double* sum) {
-  by_direction(tile.along, [&](auto direction) __attribute__((always_inline)) {
-    const auto value = [&](int64_t row, int64_t j) __attribute__((always_inline)) {
-      return Two<A>{x[row * tile.columns + j], A(0)};
-    };
-    add_to_channels<A, false>(tile, direction, value, sum, nullptr);
-  });
-}
-
-template <class A>
-void add_deviations(const Tile& tile, const A* x, const double* centers, double* deviation,
+void add_deviations(const Tile& tile, const A* x, const double* shifts, double* deviation,
                     double* moment) {
   by_direction(tile.along, [&](auto direction) __attribute__((always_inline)) {
-    const auto center = direction(centers, 0);
-    const auto value = [&](int64_t row, int64_t j) __attribute__((always_inline)) {
-      const A d = x[row * tile.columns + j] - static_cast<A>(center[j]);
+    const auto shift = direction(shifts, 0);
+    const auto value = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+      const A d = x[i] - static_cast<A>(shift[j]);
       return Two<A>{d, d * d};
     };
-    add_to_channels<A, true>(tile, direction, value, deviation, moment);
+    add_to_channels<8>(tile, direction, value, deviation, moment);
   });
 }
 
@@ -32,20 +23,27 @@ void partial_statistics(const PartialStatistics& partial, const Chunks& chunks, 
   const T* input = static_cast<const T*>(partial.input);
   const int64_t width = chunks.extent.inner == 1 ? chunks.extent.channels : 1;
   Input<T> buffer;
-  for (int64_t u = begin; u < end; ++u) {
-    const Unit unit = chunks.unit(u);
-    for_tiles_of<T>(unit, chunks.extent, [&](const Tile& tile, int64_t index) {
-      add_samples<A>(tile, buffer.read(input + tile.offset, tile.rows * tile.columns),
-                     partial.mean + index);
-    });
-    double* mean = partial.mean + unit.index;
-    const double length = static_cast<double>(unit.length);
-    for (int64_t j = 0; j < width; ++j)
-      mean[j] = static_cast<double>(static_cast<A>(mean[j] / length));
+  const auto add = [&](const Unit& unit) {
     for_tiles_of<T>(unit, chunks.extent, [&](const Tile& tile, int64_t index) {
       add_deviations<A>(tile, buffer.read(input + tile.offset, tile.rows * tile.columns),
-                        partial.mean + index, partial.deviation + index, partial.moment + index);
+                        partial.shift + index, partial.deviation + index, partial.moment + index);
     });
+  };
+  for (int64_t u = begin; u < end; ++u) {
+    const Unit unit = chunks.unit(u);
+    double* shift = partial.shift + unit.index;
+    double* deviation = partial.deviation + unit.index;
+    double* moment = partial.moment + unit.index;
+
+    Unit sample = unit;
+    sample.length = unit.length / 64 > 8 ? unit.length / 64 : 8;
+    if (sample.length > unit.length) sample.length = unit.length;
+    add(sample);
+    for (int64_t j = 0; j < width; ++j) {
+      shift[j] = static_cast<A>(deviation[j] / static_cast<double>(sample.length));
+      deviation[j] = moment[j] = 0;
+    }
+    add(unit);
   }
 }
 

@@ -61,8 +61,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input,
   A* var_data = static_cast<A*>(var.mutable_data_ptr());
 
   std::vector<double> exact_mean(channels), exact_var(channels);
-  batch_statistics(x.const_data_ptr(), shape, input.scalar_type(), channels, exact_mean.data(),
-                   exact_var.data());
+  // Longer rows for the sums: eight are read side by side, and the prefetcher wants to see streams.
+  batch_statistics(x.const_data_ptr(), folded(shape, 512), input.scalar_type(), channels,
+                   exact_mean.data(), exact_var.data());
   for (int64_t c = 0; c < channels; ++c) {
     mean_data[c] = static_cast<A>(exact_mean[c]);
     var_data[c] = static_cast<A>(exact_var[c]);

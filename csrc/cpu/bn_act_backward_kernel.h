@@ -17,26 +17,32 @@ struct SumsTile {
 
 template <class A, class Act, MaskFrom mask>
 void sums_tile(const BnActBackward& arguments, const Tile& tile, const SumsTile<A>& data) {
+  // Four rows of exp or erf would not fit the registers.
+  constexpr bool is_cheap = !std::is_same<Act, Silu>::value && !std::is_same<Act, Gelu>::value;
+  constexpr int kRowsAtOnce = is_cheap ? 4 : 1;
   const A negative_slope = static_cast<A>(arguments.negative_slope);
+  const A* const grad_output = data.grad_output;
+  const A* const input = data.input;
+  const A* const auxiliary = data.auxiliary;
+  A* const grad_residual = data.grad_residual;
   by_direction(tile.along, [&](auto parameter) __attribute__((always_inline)) {
     const auto mean = parameter(static_cast<const A*>(arguments.mean), tile.channel);
     const auto scale = parameter(static_cast<const A*>(arguments.scale), tile.channel);
     const auto bias = parameter(static_cast<const A*>(arguments.bias), tile.channel);
-    const auto value = [&](int64_t row, int64_t j) __attribute__((always_inline)) {
-      const int64_t i = row * tile.columns + j;
-      const A x = data.input[i];
+    const auto value = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+      const A x = input[i], g = grad_output[i];
       A argument;
       if (mask == MaskFrom::output) {
-        argument = data.auxiliary[i];
+        argument = auxiliary[i];
       } else {
         argument = normalized(x, mean[j], scale[j], bias[j]);
-        if (mask == MaskFrom::residual) argument += data.auxiliary[i];
+        if (mask == MaskFrom::residual) argument += auxiliary[i];
       }
-      const A grad = Act::backward(data.grad_output[i], argument, negative_slope);
-      if (mask != MaskFrom::input) data.grad_residual[i] = grad;
+      const A grad = Act::backward(g, argument, negative_slope);
+      if (mask != MaskFrom::input) grad_residual[i] = grad;
       return Two<A>{grad, grad * (x - mean[j])};
     };
-    add_to_channels<A, true>(tile, parameter, value, data.sum_grad, data.sum_grad_deviation);
+    add_to_channels<kRowsAtOnce>(tile, parameter, value, data.sum_grad, data.sum_grad_deviation);
   });
 }
 

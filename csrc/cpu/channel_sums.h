@@ -1,5 +1,5 @@
 // Sums per channel. Included inside the namespace of one instruction set, after simd.h.
-// Four rows are added in float as a tree, then to a double: the error stays near one rounding.
+// A few rows are added in float as a tree, then to a double: the error stays near one rounding.
 
 template <class A>
 struct Two {
@@ -10,47 +10,57 @@ struct Two {
 };
 
 template <int count, class F>
-DEVICE_INLINE auto add_tree(const F& value, int64_t row) {
+DEVICE_INLINE auto add_tree(const F& value, int64_t first, int64_t stride, int64_t column) {
   if constexpr (count == 1) {
-    return value(row);
+    return value(first + column, column);
   } else {
-    return add_tree<count / 2>(value, row) + add_tree<count / 2>(value, row + count / 2);
+    return add_tree<count / 2>(value, first, stride, column) +
+           add_tree<count / 2>(value, first + count / 2 * stride, stride, column);
   }
 }
 
-// first[j] += sum over rows of value(row, j).first, and likewise second unless it is not wanted.
-template <class A, bool both, class F>
-DEVICE_INLINE void add_to_channels(const Tile& tile, AlongChannels, const F& value,
-                                   double* __restrict first, double* __restrict second) {
-  const auto add_rows = [&](auto count, int64_t row) __attribute__((always_inline)) {
-#pragma omp simd
-    for (int64_t j = 0; j < tile.columns; ++j) {
-      const auto sum = add_tree<decltype(count)::value>(
-          [&](int64_t r) __attribute__((always_inline)) { return value(r, j); }, row);
-      first[j] += sum.first;
-      if (both) second[j] += sum.second;
-    }
-  };
+// first[j] += the sum over `rows` rows of value(index, column j).first, and likewise second.
+template <int rows_at_once, class F>
+DEVICE_INLINE void add_rows(const F& value, int64_t index, int64_t rows, int64_t columns,
+                            double* __restrict first, double* __restrict second) {
   int64_t row = 0;
-  for (; row + 4 <= tile.rows; row += 4) add_rows(std::integral_constant<int, 4>{}, row);
-  for (; row < tile.rows; ++row) add_rows(std::integral_constant<int, 1>{}, row);
+  for (; row + rows_at_once <= rows; row += rows_at_once) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      const auto sum = add_tree<rows_at_once>(value, index + row * columns, columns, j);
+      first[j] += sum.first;
+      second[j] += sum.second;
+    }
+  }
+  for (; row < rows; ++row) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) {
+      const auto term = value(index + row * columns + j, j);
+      first[j] += term.first;
+      second[j] += term.second;
+    }
+  }
 }
 
-template <class A, bool both, class F>
+template <int rows_at_once, class F>
+DEVICE_INLINE void add_to_channels(const Tile& tile, AlongChannels, const F& value, double* first,
+                                   double* second) {
+  add_rows<rows_at_once>(value, 0, tile.rows, tile.columns, first, second);
+}
+
+// A run within one channel is taken as rows of kLanes, whose sums are added up at the end: plain
+// scalar reductions are not vectorised once an activation's selects are in them (GCC 12).
+template <int rows_at_once, class F>
 DEVICE_INLINE void add_to_channels(const Tile& tile, WithinChannel, const F& value, double* first,
                                    double* second) {
-  constexpr int64_t kRun = 256;  // at most 16 terms to a lane of 16 floats
-  for (int64_t begin = 0; begin < tile.columns; begin += kRun) {
-    const int64_t end = kRun < tile.columns - begin ? begin + kRun : tile.columns;
-    A sum1 = 0, sum2 = 0;
-#pragma omp simd reduction(+ : sum1, sum2)
-    for (int64_t j = begin; j < end; ++j) {
-      const auto term = value(0, j);
-      sum1 += term.first;
-      if (both) sum2 += term.second;
-    }
-    *first += static_cast<double>(sum1);
-    if (both) *second += static_cast<double>(sum2);
+  constexpr int64_t kLanes = 32;
+  double lanes[2][kLanes] = {};
+  const int64_t rows = tile.columns / kLanes;
+  add_rows<rows_at_once>(value, 0, rows, kLanes, lanes[0], lanes[1]);
+  add_rows<1>(value, rows * kLanes, 1, tile.columns - rows * kLanes, lanes[0], lanes[1]);
+  for (int64_t j = 0; j < kLanes; ++j) {
+    *first += lanes[0][j];
+    *second += lanes[1][j];
   }
 }
 

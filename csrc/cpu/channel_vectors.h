@@ -12,8 +12,9 @@ namespace resnet_fused {
 
 // With few channels a row is too short for a vector loop. An [outer][channels] array is also an
 // [outer / k][k * channels] one, whose parameters are those of the channels k times over.
-inline Extent folded(Extent extent) {
-  while (extent.inner == 1 && extent.channels < 64 && extent.outer % 2 == 0 && extent.outer > 128) {
+inline Extent folded(Extent extent, int64_t least_channels = 64) {
+  while (extent.inner == 1 && extent.channels < least_channels && extent.outer % 2 == 0 &&
+         extent.outer > 128) {
     extent.outer /= 2;
     extent.channels *= 2;
   }
