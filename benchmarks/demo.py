@@ -16,6 +16,8 @@ import torch
 
 from resnet_fused import benchmark, cli
 
+_TIMING_LIMIT_S = 60.0  # a slow or busy machine gets fewer repeats, so that the demo stays short
+
 
 def demo(args: argparse.Namespace) -> int:
     """Print the table and write the plot; 1 if the fused model's result is wrong."""
@@ -32,6 +34,7 @@ def demo(args: argparse.Namespace) -> int:
         benchmark.photographs(case.batch_size, case.image_size),
         variants=benchmark.parse_peers(args.peers, case),
         repeats=args.repeats,
+        limit_s=_TIMING_LIMIT_S,
         json_path=args.json,
         plot_path=args.plot,
         command=("benchmarks/demo.py", *args.argv),

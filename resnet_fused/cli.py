@@ -6,6 +6,7 @@ Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr), 1
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,7 @@ def run_bench(
     *,
     variants: Sequence[str],
     repeats: int,
+    limit_s: float = math.inf,
     json_path: str | None,
     plot_path: str | None,
     command: Sequence[str],
@@ -85,7 +87,13 @@ def run_bench(
     """
     with benchmark.ProgressBar() as progress:
         results = benchmark.run_case(
-            case, model, images, variants=variants, repeats=repeats, progress=progress
+            case,
+            model,
+            images,
+            variants=variants,
+            repeats=repeats,
+            limit_s=limit_s,
+            progress=progress,
         )
     benchmark.print_results(results, sys.stderr if json_path == "-" else sys.stdout)
     _write_json(

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def test_interleave_takes_turns_with_an_untimed_call_before_each() -> None:
     assert order == list("AABBCC" * 2)
     assert samples == list("ABC" * 2)
     assert set(timings) == set("ABC")
+
+
+def test_the_limit_ends_timing_after_three_rounds() -> None:
+    calls = {"A": lambda: time.sleep(0.01)}
+    timings = measure.interleave(calls, repeats=50, device=CPU, pause_s=0.0, limit_s=0.0)
+    assert timings["A"].samples == 3
 
 
 def test_quantiles() -> None:

@@ -69,6 +69,7 @@ class Result:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    samples: int | None = None
     images_per_second: float | None = None
     speedup_vs_eager: float | None = None
     relative_error: float | None = None

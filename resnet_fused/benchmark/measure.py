@@ -8,6 +8,7 @@ threads fall asleep, and one untimed call, which wakes this one's and brings its
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,11 +25,12 @@ PAUSE_S = 0.1  # libgomp and ONNX Runtime spin for less than this
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and 20 % / 80 % quantiles, in milliseconds."""
+    """Median and 20 % / 80 % quantiles, in milliseconds, of so many samples."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
+    samples: int
 
 
 def summarise(samples_ms: list[float]) -> Timing:
@@ -41,7 +43,7 @@ def summarise(samples_ms: list[float]) -> Timing:
         raise ValueError("samples_ms must hold at least one time, got none")
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     values = torch.quantile(torch.tensor(samples_ms, dtype=torch.float64), quantiles)
-    return Timing(*values.tolist())
+    return Timing(*values.tolist(), samples=len(samples_ms))
 
 
 def interleave(
@@ -50,11 +52,14 @@ def interleave(
     repeats: int,
     device: torch.device,
     pause_s: float = PAUSE_S,
+    limit_s: float = math.inf,
     on_sample: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time `calls` in turns (A B C A B C ...), `repeats` times each.
 
     Args:
+        limit_s: no further round begins after so many seconds, though never fewer than three (or
+            `repeats`) rounds are made.
         on_sample: told the name after each timed call, for a progress bar.
 
     Raises:
@@ -63,7 +68,10 @@ def interleave(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    end = time.monotonic() + limit_s
+    for done in range(repeats):
+        if done >= 3 and time.monotonic() > end:
+            break
         for name, call in calls.items():
             time.sleep(pause_s)
             call()

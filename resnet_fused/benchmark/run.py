@@ -45,6 +45,7 @@ def run_case(
     *,
     variants: Sequence[str],
     repeats: int,
+    limit_s: float = math.inf,
     progress: Progress = lambda done, total, what: None,
 ) -> list[Result]:
     """Measure `variants` of `model` on `images`; a variant whose results are wrong gets no speed.
@@ -60,6 +61,7 @@ def run_case(
         images: float32 ``[batch_size, 3, image_size, image_size]`` on the CPU.
         variants: names from :data:`resnet_fused.benchmark.VARIANTS`, "eager" among them.
         repeats: timed steps of each variant.
+        limit_s: stop timing early after so many seconds (:func:`.measure.interleave`).
         progress: called before each stage and each timed step.
 
     Raises:
@@ -97,7 +99,11 @@ def run_case(
 
     right = {name: e.variant for name, e in entries.items() if e.variant and e.error is None}
     timings = interleave(
-        right, repeats=repeats, device=device, on_sample=lambda name: step(f"timing {name}")
+        right,
+        repeats=repeats,
+        limit_s=limit_s,
+        device=device,
+        on_sample=lambda name: step(f"timing {name}"),
     )
     eager_ms = timings["eager"].median_ms
     results = []
@@ -117,6 +123,7 @@ def run_case(
                 median_ms=timing.median_ms,
                 p20_ms=timing.p20_ms,
                 p80_ms=timing.p80_ms,
+                samples=timing.samples,
                 images_per_second=1e3 * case.batch_size / timing.median_ms,
                 speedup_vs_eager=eager_ms / timing.median_ms,
                 **_memory(right[name], device),
