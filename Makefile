@@ -1,0 +1,61 @@
+# Every target sets up what it needs in .venv, again only when its inputs have changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+RESULTS := benchmarks/results
+
+.PHONY: demo test lint format bench gpu clean
+
+demo: .venv/.ready
+	$(BIN)/python benchmarks/demo.py
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_speedup.py
+	$(BIN)/python -m pytest -q tests/test_speedup.py
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(STYLED)
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(STYLED)
+
+# The figures of the README, one file each.
+bench: .venv/.ready
+	$(BIN)/resnet-fused bench resnet50 --batch-size 16 --peers all --json $(RESULTS)/cpu_resnet50_b16.json
+	$(BIN)/resnet-fused bench resnet18 --batch-size 1 --peers all --json $(RESULTS)/cpu_resnet18_b1.json
+	$(BIN)/resnet-fused bench resnet18 --batch-size 16 --image-size 112 --mode training \
+		--peers channels_last,compile --json $(RESULTS)/cpu_resnet18_training.json
+
+# On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured.
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
+		&& $(MAKE) --no-print-directory gpu-run
+
+.PHONY: gpu-run
+gpu-run:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q tests/test_ops.py tests/test_functional.py tests/test_graph.py
+	$(PYTHON) -m resnet_fused bench resnet50 --device cuda --batch-size 64 --dtype bfloat16 \
+		--peers channels_last,compile --json $(RESULTS)/gpu_resnet50_b64.json
+
+clean:
+	rm -rf .venv build *.egg-info resnet_fused/_C_*.so .pytest_cache .mypy_cache .ruff_cache
+
+# torchvision and timm would pull another torch: they come without their dependencies.
+.venv/.packages: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps torchvision==0.28.0 timm
+	touch $@
+
+.venv/.ready: .venv/.packages $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
