@@ -96,7 +96,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An :class:`Entry` for every convolution and batch norm of a model; printing it gives a table."""
+    """An :class:`Entry` for every convolution and batch norm of a model; prints as a table."""
 
     entries: tuple[Entry, ...]
 
@@ -116,7 +116,8 @@ class Explanation:
             for row in rows
         ]
         fused = sum(e.status != "skipped" for e in self.entries)
-        return "\n".join([*lines, f"{fused} runs fused or fusible, {len(rows) - 1 - fused} skipped"])
+        skipped = len(self.entries) - fused
+        return "\n".join([*lines, f"{fused} runs fused or fusible, {skipped} skipped"])
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -190,7 +191,7 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
             raise TypeError(f"inputs[{i}]: expected a tensor, got {type(value).__name__}")
     fused = fuse(model)
     eager = unfuse(fused)
-    other = unfuse(fused).to(memory_format=torch.channels_last)
+    other = unfuse(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = _results(unfuse(fused).double(), [_widened(v) for v in inputs], training)
     rows = []
     for ours, theirs, others, truth in zip(
@@ -201,7 +202,8 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
         strict=True,
     ):
         eager_error = max(relative_error(theirs, truth), relative_error(others, truth))
-        rows.append((relative_error(ours, truth), eager_error, error_budget(eager_error, ours.dtype)))
+        budget = error_budget(eager_error, ours.dtype)
+        rows.append((relative_error(ours, truth), eager_error, budget))
     worst = max(rows, key=lambda row: row[0] / row[2], default=(0.0, 0.0, 0.0))
     return Verification(all(error <= budget for error, _, budget in rows), *worst)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,14 +133,16 @@ def scale_shift_act(
     _check_normalised(input, residual, act, negative_slope)
     if scale is None or shift is None:
         raise TypeError(f"{'scale' if scale is None else 'shift'}: expected a tensor, got None")
-    scale = checks.channel_vector("scale", scale, input.shape[1], input)
-    shift = checks.channel_vector("shift", shift, input.shape[1], input)
-    run = (
+    vectors = (
+        checks.channel_vector("scale", scale, input.shape[1], input),
+        checks.channel_vector("shift", shift, input.shape[1], input),
+    )
+    run: Callable[..., Tensor] = (
         reference.scale_shift_act
         if uses_reference(backend, input)
         else torch.ops.resnet_fused.scale_shift_act
     )
-    return run(input, scale, shift, residual, act, float(negative_slope))
+    return run(input, *vectors, residual, act, float(negative_slope))
 
 
 def bn_act(
@@ -212,9 +214,7 @@ def bn_act(
             f"got shape {tuple(input.shape)}"
         )
     run = reference.bn_act if uses_reference(backend, input) else torch.ops.resnet_fused.bn_act
-    output, mean, var = run(
-        input, residual, weight, bias, float(eps), act, float(negative_slope)
-    )
+    output, mean, var = run(input, residual, weight, bias, float(eps), act, float(negative_slope))
     return output, mean.detach(), var.detach()
 
 

@@ -1,4 +1,4 @@
-"""How far a result is from the truth: the one definition of error used by verify, bench and the tests."""
+"""How far a result is from the truth: the one definition of error, for verify, bench and tests."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
 
 
 def error_budget(eager_error: float, dtype: torch.dtype) -> float:
-    """What a fused result may be off: twice eager PyTorch's own error, and one rounding of `dtype`."""
+    """What a fused result may be off: twice eager PyTorch's own error, and one rounding."""
     return 2 * eager_error + torch.finfo(dtype).eps

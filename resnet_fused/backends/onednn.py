@@ -3,8 +3,8 @@
 PyTorch ships oneDNN and reaches its post-operations through ``torch.ops.mkldnn``. Two things keep
 that from being a drop-in for eager PyTorch, and both are mended here:
 
-* oneDNN's relu, clip and gelu drop NaN (and gelu makes NaN of infinity). A NaN can only arise from a
-  value that is not finite, so the post-operation is used where none can occur: from a bound on
+* oneDNN's relu, clip and gelu drop NaN (and gelu makes NaN of infinity). A NaN can only arise from
+  a value that is not finite, so the post-operation is used where none can occur: from a bound on
   ``max |x|`` and the largest row sum of ``|w|`` follows a bound on every partial sum of the output.
   Each output carries its bound to the next layer; only when the chain of bounds grows past the
   dtype's range is a tensor read (``_max_abs``) to start a new one. Everything else takes the slow
@@ -114,7 +114,7 @@ def _max_abs(input: Tensor) -> float:
 
 
 def _bound(input: Tensor, *, trust: bool) -> float:
-    """A bound on max |x|: the one the tensor carries, if it may be trusted, else the exact value."""
+    """A bound on max |x|: the one that the tensor carries, if it may be trusted, else the value."""
     # The version counter says whether the tensor was written to since; tensors made in inference
     # mode have none, and are read each time.
     tracked = not input.is_inference()
@@ -199,9 +199,7 @@ def _pooled_output(folded: Folded, input: Tensor, residual: Tensor | None) -> Te
     """A recycled output for the convolution to add to: zeros or the residual; None if too small."""
     if not native.available or not is_channels_last(input):
         return None
-    shape = conv_output_size(
-        input, folded.weight, folded.stride, folded.padding, folded.dilation
-    )
+    shape = conv_output_size(input, folded.weight, folded.stride, folded.padding, folded.dilation)
     if math.prod(shape) * input.element_size() < _POOL_BYTES:
         return None
     if residual is None:
@@ -231,9 +229,7 @@ def conv_bn_act(
         )
     folded = fold(weight, scale, shift, stride, padding, dilation, groups, dtype=input.dtype)
     input, residual = dense(input, weight, residual)
-    return convolve(
-        folded, folded.weight, input, residual, act, negative_slope, carry_bounds=False
-    )
+    return convolve(folded, folded.weight, input, residual, act, negative_slope, carry_bounds=False)
 
 
 def dense(input: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -164,8 +164,8 @@ def bn_act_backward(
     grad_bias = grad.sum(dims)
     grad_weight = (grad * xhat).sum(dims)
     count = max(input.numel() // max(input.shape[1], 1), 1)
-    grad_input = (
-        grad - per_channel(grad_bias / count, input) - xhat * per_channel(grad_weight / count, input)
-    ) * per_channel(rstd if weight is None else rstd * weight, input)
+    mean_grad, mean_product = (per_channel(g / count, input) for g in (grad_bias, grad_weight))
+    scale = rstd if weight is None else rstd * weight
+    grad_input = (grad - mean_grad - xhat * mean_product) * per_channel(scale, input)
     grad_residual = grad.to(input.dtype) if has_residual else input.new_empty(0)
     return grad_input.to(input.dtype), grad_residual, grad_weight, grad_bias

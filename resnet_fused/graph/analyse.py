@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.marker import FusedModule
 from resnet_fused.graph.plan import Plan, make_plan, module_reason
 from resnet_fused.graph.rewrite import plan_of
-
 from resnet_fused.graph.trace import Untraceable, opens
 
 FilterFn = Callable[[str, nn.Module], bool]
@@ -132,7 +132,7 @@ class _Walk:
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module is a convolution or a batch norm that explain has to account for."""
-    return isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
+    return isinstance(module, (nn.Conv2d, _BatchNorm))
 
 
 def _own_candidates(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -161,7 +161,7 @@ def _shared_modules(model: nn.Module) -> dict[int, str]:
         if len(names) > 1
     }
     for users in owners.values():
-        for name, module in users:
+        for _, module in users:
             others = sorted({n for n, m in users if m is not module})
             if others:
                 reasons.setdefault(id(module), f"it shares a parameter with {others[0]}")

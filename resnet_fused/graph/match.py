@@ -1,7 +1,7 @@
 """Finds the runs of a traced forward: conv → BN → (+) → activation, and BN → (+) → activation.
 
-A run is a chain in which every value but the last has exactly one reader. A candidate that may not be
-fused is returned with its reason.
+A run is a chain in which every value but the last has exactly one reader. A candidate that may not
+be fused is returned with its reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.patterns import Activation, activation, addition, is_fresh, writes
 
@@ -77,7 +78,7 @@ class Matcher:
             module = self.module(node)
             if isinstance(module, nn.Conv2d):
                 run = self._run(node)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            elif isinstance(module, _BatchNorm):
                 if self._follows_conv(node):
                     continue  # the conv's run takes it, or says why not
                 run = self._run(node)
@@ -132,20 +133,21 @@ class Matcher:
 
     def _extend_by_bn(self, run: Run) -> None:
         reader = self._reader(run)
-        module = None if reader is None else self.module(reader)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and self._refusal(reader) is None:
+        if reader is None or not isinstance(self.module(reader), _BatchNorm):
+            return
+        if self._refusal(reader) is None:
             run.bn = reader
             run.nodes.append(reader)
 
     def _extend_by_addition(self, run: Run) -> None:
         reader = self._reader(run)
         add = None if reader is None else addition(reader)
-        if add is None or add.left is add.right:
+        if reader is None or add is None or add.left is add.right:
             return
         if add.inplace and add.left is not run.last:
             return  # writes into the other operand, which eager PyTorch's caller can see
         other = add.right if add.left is run.last else add.left
-        if run.bn is None and isinstance(self.module(other), nn.modules.batchnorm._BatchNorm):
+        if run.bn is None and isinstance(self.module(other), _BatchNorm):
             return  # the other branch has the batch norm to fuse it with
         run.add = reader
         run.inplace_add = add.inplace
@@ -176,10 +178,9 @@ class Matcher:
         if len(run.nodes) == 1:
             if len(run.last.users) > 1:
                 return "its output has a second reader"
-            follower = next(iter(run.last.users), None)
-            module = None if follower is None else self.module(follower)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                return f"its batch norm: {self._refusal(follower)}"
+            for follower in run.last.users:
+                if isinstance(self.module(follower), _BatchNorm):
+                    return f"its batch norm: {self._refusal(follower)}"
             return "nothing that can be fused reads its output"
         start = self.order[run.anchor]
         residual = run.residual

@@ -1,4 +1,4 @@
-"""The shapes that are looked for, as data: which modules and calls are an activation or an addition."""
+"""The shapes that are looked for, as data: what is an activation, an addition, a write."""
 
 from __future__ import annotations
 
@@ -68,11 +68,9 @@ def activation(node: fx.Node, module: nn.Module | None) -> Activation | None:
         return Activation(act) if act else None
     if node.op != "call_function" or not node.args or node.target not in _FUNCTIONS:
         return None
-    act = _FUNCTIONS[node.target]  # type: ignore[index]
-    options = dict(zip(("negative_slope", "inplace"), node.args[1:], strict=False))
-    if act != "leaky_relu":
-        options = dict(zip(("inplace",), node.args[1:], strict=False))
-    options |= node.kwargs
+    act = _FUNCTIONS[node.target]
+    names = ("negative_slope", "inplace") if act == "leaky_relu" else ("inplace",)
+    options: dict[str, Any] = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     if act == "gelu":
         return _gelu(options.get("approximate", "none"))
     if act == "leaky_relu":
@@ -95,11 +93,10 @@ def addition(node: fx.Node) -> Addition | None:
     if not (method or function) or node.kwargs.get("alpha", 1) != 1:
         return None
     operands = [*node.args, *(node.kwargs[k] for k in ("input", "other") if k in node.kwargs)]
-    if set(node.kwargs) - {"alpha", "input", "other"}:
+    nodes = [o for o in operands if isinstance(o, fx.Node)]
+    if len(nodes) != 2 or len(operands) != 2 or set(node.kwargs) - {"alpha", "input", "other"}:
         return None
-    if len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
-        return None
-    return Addition(operands[0], operands[1], node.target in (operator.iadd, "add_"))
+    return Addition(nodes[0], nodes[1], node.target in (operator.iadd, "add_"))
 
 
 _INPLACE_OPERATORS = {
@@ -125,8 +122,10 @@ def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
             return not getattr(module, "inplace", False)
         return type(module) in _FRESH_MODULES
     if node.op == "call_function":
-        return node.target in _FRESH_FUNCTIONS and not node.kwargs.get("inplace", False) and (
-            True not in node.args
+        return (
+            node.target in _FRESH_FUNCTIONS
+            and not node.kwargs.get("inplace", False)
+            and (True not in node.args)
         )
     return node.op == "call_method" and node.target in ("add", "relu", "mul", "clone")
 

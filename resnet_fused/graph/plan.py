@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.match import Matcher, Run
 from resnet_fused.graph.trace import Untraceable, has_hooks, trace
@@ -59,9 +60,7 @@ class Plan:
     runs: tuple[Run, ...]  # fused ones and candidates with their reasons
     swallowed_names: frozenset[str]
 
-    def body(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Body | None:
+    def body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Body | None:
         """The body for this call, or None if the module's own forward has to run."""
         values = (*args, *kwargs.values())
         if all(isinstance(v, Tensor) for v in values):
@@ -77,7 +76,7 @@ class Plan:
 
 
 def _watched() -> bool:
-    """Whether something looks at module calls: global hooks, a TorchScript trace, a functorch transform."""
+    """Whether something looks at module calls: global hooks, a TorchScript trace, torch.func."""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -87,8 +86,8 @@ def _watched() -> bool:
     )
 
 
-def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan | None:
-    """Trace and match a module's forward; None if nothing in it can be fused.
+def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan:
+    """Trace and match a module's forward; without bodies if nothing in it can be fused.
 
     Args:
         module: its own forward is planned, not its children's.
@@ -144,9 +143,8 @@ def module_reason(module: nn.Module) -> str | None:
             return "padding differs between two sides"
         if type(module.weight) not in (nn.Parameter, Tensor):
             return f"its weight is a {type(module.weight).__name__}"
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        if type(module) is not nn.BatchNorm2d:
-            return f"{kind} is not nn.BatchNorm2d itself"
+    elif isinstance(module, _BatchNorm) and type(module) is not nn.BatchNorm2d:
+        return f"{kind} is not nn.BatchNorm2d itself"
     return None
 
 

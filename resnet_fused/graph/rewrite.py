@@ -20,17 +20,18 @@ _PREFIX = "_fused_"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class _Planned(FusedModule):
+class _Planned(FusedModule, nn.Module):
     """Copies and pickles like its original class, and plans its forward anew there."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else vars(self)
+        get_state = getattr(super(), "__getstate__", lambda: vars(self))  # object's from 3.11 on
+        state = get_state()
         if isinstance(state, dict):
             state = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
         return _restore, (original_class(self), dict(vars(self)["_fused_excluded"])), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         _attach(self, make_plan(self, vars(self)["_fused_excluded"]))
 
 
@@ -59,7 +60,7 @@ def remove(module: nn.Module) -> None:
     if isinstance(module, FusedModule):
         for name in [k for k in vars(module) if k.startswith(_PREFIX)]:
             del vars(module)[name]
-        module.__class__ = original_class(module)
+        module.__class__ = original_class(module)  # type: ignore[assignment]
 
 
 def _attach(module: nn.Module, plan: Plan) -> None:
@@ -81,7 +82,7 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(original)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            body = self._fused_plan.body(self, args, kwargs)
+            body = vars(self)["_fused_plan"].body(self, args, kwargs)
             run = original if body is None else body.function
             return run(self, *args, **kwargs)
 

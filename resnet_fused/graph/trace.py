@@ -57,7 +57,7 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
 
 
 def opens(module: nn.Module) -> bool:
-    """Whether a parent's graph looks inside: a Sequential of PyTorch's own modules, without hooks."""
+    """Whether a parent's graph looks inside: a hookless Sequential of PyTorch's own modules."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
@@ -101,8 +101,8 @@ class _TensorSymbol(_Symbol):
 
     _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and nn.Buffer ask for
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return Tensor
 
 

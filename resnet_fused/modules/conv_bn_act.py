@@ -128,6 +128,4 @@ def _convolve_deferred(input: Deferred, conv: nn.Conv2d) -> Tensor:
     padding = conv_padding(conv)
     if z.dtype != input.z.dtype or weight.dtype != z.dtype or z.shape[1] != conv.in_channels:
         return conv(input.tensor())
-    return input.conv(
-        weight, bias, (list(conv.stride), padding, list(conv.dilation), conv.groups)
-    )
+    return input.conv(weight, bias, (list(conv.stride), padding, list(conv.dilation), conv.groups))

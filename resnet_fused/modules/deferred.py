@@ -21,8 +21,9 @@ class Deferred(NamedTuple):
 
     def conv(self, weight: Tensor, bias: Tensor | None, options: tuple[object, ...]) -> Tensor:
         """conv2d(act(bn(z)), weight, bias, *options); keeps z for backward, not the activation."""
+        vectors = affine(self.bn, self.z)
         return self._finish(
-            BatchNormActConv.apply(self.z, *affine(self.bn, self.z), weight, bias, self._norm(), options)
+            BatchNormActConv.apply(self.z, *vectors, weight, bias, self._norm(), options)
         )
 
     def max_pool(self, options: tuple[object, ...]) -> Tensor:

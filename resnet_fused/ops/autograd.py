@@ -25,8 +25,8 @@ for _name in ("conv_bn_act", "scale_shift_act", "bn_act", "bn_act_backward"):
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
-def cast_for_autocast(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to a convolution's arguments: floating ones but float64 go to its dtype."""
+def cast_for_autocast(device: torch.device, *tensors: Any) -> list[Any]:
+    """What autocast does to a convolution's arguments, tensors or None: float64 alone stays."""
     if not torch.is_autocast_enabled(device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)

@@ -1,7 +1,7 @@
 """Two training steps that don't keep the activation between them.
 
-Eager PyTorch keeps, for ``conv2(act(bn(z)))``, both z and the activation a = act(bn(z)): a is conv2's
-input, needed for its weight's gradient. But a follows from z and two vectors in one pass over memory.
+Eager PyTorch keeps, for ``conv2(act(bn(z)))``, both z and the activation a = act(bn(z)): a is
+conv2's input, needed for its weight's gradient. But a follows from z and two vectors in one pass.
 These functions keep z only and compute a again in backward. Per basic block that is 3 of 4 kept
 tensors; per stem (conv-bn-relu-max-pool) it saves the largest activation of the network.
 
@@ -63,7 +63,7 @@ class BatchNormActConv(torch.autograd.Function):
     """conv(act(bn(z))) with batch statistics → (output, mean, var)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         z: Tensor,
         bn_weight: Tensor | None,
@@ -83,7 +83,7 @@ class BatchNormActConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
         *normalisation, weight = ctx.saved_tensors
@@ -103,7 +103,7 @@ class BatchNormActMaxPool(torch.autograd.Function):
     """max_pool2d(act(bn(z))) with batch statistics → (output, mean, var)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         z: Tensor,
         bn_weight: Tensor | None,
@@ -121,7 +121,7 @@ class BatchNormActMaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
         *normalisation, indices = ctx.saved_tensors

@@ -10,6 +10,8 @@ This file needs torch and nothing else. Backends only implement what is defined 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -52,16 +54,16 @@ _library.define(
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of per-channel vectors beside data of `dtype`: float64 for float64, else float32."""
+    """The dtype of per-channel vectors beside data of `dtype`: float32, for float64 float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def conv_output_size(
     input: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[int, int, int, int]:
     """The shape of ``conv2d(input, weight)``."""
     height, width = (
@@ -74,7 +76,7 @@ def conv_output_size(
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether eager PyTorch would give an operator's output channels_last strides for this input."""
+    """Whether eager PyTorch gives an operator's output channels_last strides for this input."""
     return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
 
 
@@ -83,9 +85,7 @@ def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, 
     channels_last = is_channels_last(input) or is_channels_last(weight)
     return input.new_empty(
         conv_output_size(input, weight, stride, padding, dilation),
-    ).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    ).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::scale_shift_act", lib=_library)
