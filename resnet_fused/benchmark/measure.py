@@ -43,7 +43,8 @@ def summarise(samples_ms: list[float]) -> Timing:
         raise ValueError("samples_ms must hold at least one time, got none")
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     values = torch.quantile(torch.tensor(samples_ms, dtype=torch.float64), quantiles)
-    return Timing(*values.tolist(), samples=len(samples_ms))
+    median, p20, p80 = values.tolist()
+    return Timing(median, p20, p80, samples=len(samples_ms))
 
 
 def interleave(

@@ -9,11 +9,11 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from .case import BenchmarkError, Result
 
-_HEADER = ("variant", "median ms", "20 %", "80 %", "images/s", "speed-up", "relative error")
+_HEADER = ("variant", "median ms", "20%", "80%", "images/s", "speed-up", "relative error")
 _NEEDS_MATPLOTLIB = (
     "plots need matplotlib; install it with: pip install 'resnet_fused[cli]', or leave out --plot"
 )
@@ -27,13 +27,17 @@ def print_table(
     All columns but the first and the last are aligned to the right.
     """
     if stream.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left")
+        # Narrow enough for 80 columns; only the last column may wrap.
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        last = len(header) - 1
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
+            justify: Literal["left", "right"] = "left" if i in (0, last) else "right"
+            table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=i != last)
         for row in rows:
             bold = "bold green" if row[0] == "fused" else None
             table.add_row(*(escape(cell) for cell in row), style=bold)
@@ -50,7 +54,7 @@ def print_table(
 
 
 def print_results(results: Sequence[Result], stream: TextIO) -> None:
-    """The table of one case; a variant without a speed shows why."""
+    """The table of one case, and below it why a variant has no speed."""
     first = results[0]
     training = first.mode == "training"
     title = (
@@ -61,17 +65,19 @@ def print_results(results: Sequence[Result], stream: TextIO) -> None:
     rows = []
     for r in results:
         numbers = [
-            _number(r.median_ms, ".2f"),
-            _number(r.p20_ms, ".2f"),
-            _number(r.p80_ms, ".2f"),
+            *(_milliseconds(value) for value in (r.median_ms, r.p20_ms, r.p80_ms)),
             _number(r.images_per_second, ".1f"),
             _number(r.speedup_vs_eager, ".2f", "x"),
             _number(_mib(r.peak_memory_bytes), ".0f"),
         ]
         if training:
             numbers.append(_number(_mib(r.saved_bytes), ".1f"))
-        rows.append([r.variant, *numbers, r.error or _number(r.relative_error, ".1e")])
+        outcome = _number(r.relative_error, ".1e") if r.error is None else "FAILED"
+        rows.append([r.variant, *numbers, outcome])
     print_table(title, header, rows, stream)
+    for r in results:
+        if r.error is not None:
+            print(f"{r.variant}: {r.error}", file=stream)
 
 
 def json_text(data: dict[str, Any]) -> str:
@@ -130,6 +136,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _number(value: float | None, spec: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{spec}}{unit}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return _number(value, ".2f" if value is not None and value < 100 else ".0f")
 
 
 def _mib(value: int | None) -> float | None:
