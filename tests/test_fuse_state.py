@@ -273,7 +273,7 @@ def test_average_of_weights() -> None:
     "where", ["1.conv1.0", "1.conv1.1", "1.conv1.2", "1.conv1", "1.relu", "1", "2.downsample.0"]
 )
 def test_a_hook_registered_after_fuse_fires(where: str, kind: str) -> None:
-    """On a module whose forward the fused run took over as well: then the run goes back to eager."""
+    """On a module whose forward a fused run took over as well: then the run goes back to eager."""
     calls: dict[str, int] = {}
     models = {"fused": fuse(network()).train(), "plain": network().train()}
     for key, model in models.items():
