@@ -25,8 +25,8 @@ void partial_statistics(const PartialStatistics& partial, const Chunks& chunks, 
   Input<T> buffer;
   const auto add = [&](const Unit& unit) {
     for_tiles_of<T>(unit, chunks.extent, [&](const Tile& tile, int64_t index) {
-      add_deviations<A>(tile, buffer.read(input + tile.offset, tile.rows * tile.columns),
-                        partial.shift + index, partial.deviation + index, partial.moment + index);
+      add_deviations<A>(tile, buffer.read(input, tile), partial.shift + index,
+                        partial.deviation + index, partial.moment + index);
     });
   };
   for (int64_t u = begin; u < end; ++u) {

@@ -84,14 +84,12 @@ void backward_sums(const BnActBackward& arguments, Activation act, MaskFrom mask
   Output<T> output_buffer;
   for (int64_t u = begin; u < end; ++u) {
     for_tiles_of<T>(chunks.unit(u), chunks.extent, [&](const Tile& tile, int64_t index) {
-      const int64_t n = tile.rows * tile.columns;
       kernel(arguments, tile,
-             {grad_buffer.read(grad_output + tile.offset, n),
-              input_buffer.read(input + tile.offset, n),
-              has_residual ? auxiliary_buffer.read(auxiliary + tile.offset, n) : nullptr,
-              has_residual ? output_buffer.begin(grad_residual + tile.offset) : nullptr,
-              sum_grad + index, sum_grad_deviation + index});
-      if (has_residual) output_buffer.end(grad_residual + tile.offset, n);
+             {grad_buffer.read(grad_output, tile), input_buffer.read(input, tile),
+              has_residual ? auxiliary_buffer.read(auxiliary, tile) : nullptr,
+              has_residual ? output_buffer.begin(grad_residual, tile) : nullptr, sum_grad + index,
+              sum_grad_deviation + index});
+      if (has_residual) output_buffer.end(grad_residual, tile);
     });
   }
 }
@@ -149,11 +147,9 @@ void backward_input(const BnActBackward& arguments, Activation act, const Extent
   Input<T> grad_buffer, input_buffer;
   Output<T> output_buffer;
   for_tiles<T>(extent, begin, end, [&](const Tile& tile) {
-    const int64_t n = tile.rows * tile.columns;
-    kernel(arguments, tile, mean_grads, slope_grads, grad_buffer.read(grad_output + tile.offset, n),
-           input_buffer.read(input + tile.offset, n),
-           output_buffer.begin(grad_input + tile.offset));
-    output_buffer.end(grad_input + tile.offset, n);
+    kernel(arguments, tile, mean_grads, slope_grads, grad_buffer.read(grad_output, tile),
+           input_buffer.read(input, tile), output_buffer.begin(grad_input, tile));
+    output_buffer.end(grad_input, tile);
   });
 }
 

@@ -48,11 +48,10 @@ void normalize_act_units(const NormalizeAct& arguments, Activation act, int64_t 
   Input<T> input_buffer, residual_buffer;
   Output<T> output_buffer;
   for_tiles<T>(arguments.extent, begin, end, [&](const Tile& tile) {
-    const int64_t n = tile.rows * tile.columns;
-    kernel(arguments, tile, input_buffer.read(input + tile.offset, n),
-           residual ? residual_buffer.read(residual + tile.offset, n) : nullptr,
-           output_buffer.begin(output + tile.offset));
-    output_buffer.end(output + tile.offset, n);
+    kernel(arguments, tile, input_buffer.read(input, tile),
+           residual ? residual_buffer.read(residual, tile) : nullptr,
+           output_buffer.begin(output, tile));
+    output_buffer.end(output, tile);
   });
 }
 

@@ -168,49 +168,66 @@ struct WithinChannel {
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-// 16-bit data is converted tile by tile through buffers that stay in L1.
+struct Tile {
+  int64_t offset;  // of its first element
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;   // from row to row in memory; tiles of float and double data are dense
+  int64_t channel;  // of its first column
+  bool along;       // one channel per column, else all of one channel
+};
+
+// 16-bit data is converted tile by tile through dense buffers that stay in L1: 1024 floats, eight
+// rows (as many as are added at once, channel_sums.h) of 128 or more of fewer columns.
 constexpr int64_t kTile = 1024;
+constexpr int64_t kTileColumns = 128;
 
 template <class T>
 struct Input {
   float buffer[kTile];
-  DEVICE_INLINE const float* read(const T* from, int64_t n) {
-    widen(from, buffer, n);
+  DEVICE_INLINE const float* read(const T* data, const Tile& tile) {
+    const bool dense = tile.columns == tile.stride;
+    const int64_t run = dense ? tile.rows * tile.columns : tile.columns;
+    for (int64_t row = 0; row < (dense ? 1 : tile.rows); ++row) {
+      widen(data + tile.offset + row * tile.stride, buffer + row * run, run);
+    }
     return buffer;
   }
 };
 template <>
 struct Input<float> {
-  DEVICE_INLINE const float* read(const float* from, int64_t) { return from; }
+  DEVICE_INLINE const float* read(const float* data, const Tile& tile) {
+    return data + tile.offset;
+  }
 };
 template <>
 struct Input<double> {
-  DEVICE_INLINE const double* read(const double* from, int64_t) { return from; }
+  DEVICE_INLINE const double* read(const double* data, const Tile& tile) {
+    return data + tile.offset;
+  }
 };
 
 template <class T>
 struct Output {
   float buffer[kTile];
-  DEVICE_INLINE float* begin(T*) { return buffer; }
-  DEVICE_INLINE void end(T* to, int64_t n) { narrow(buffer, to, n); }
+  DEVICE_INLINE float* begin(T*, const Tile&) { return buffer; }
+  DEVICE_INLINE void end(T* data, const Tile& tile) {
+    const bool dense = tile.columns == tile.stride;
+    const int64_t run = dense ? tile.rows * tile.columns : tile.columns;
+    for (int64_t row = 0; row < (dense ? 1 : tile.rows); ++row) {
+      narrow(buffer + row * run, data + tile.offset + row * tile.stride, run);
+    }
+  }
 };
 template <>
 struct Output<float> {
-  DEVICE_INLINE float* begin(float* to) { return to; }
-  DEVICE_INLINE void end(float*, int64_t) {}
+  DEVICE_INLINE float* begin(float* data, const Tile& tile) { return data + tile.offset; }
+  DEVICE_INLINE void end(float*, const Tile&) {}
 };
 template <>
 struct Output<double> {
-  DEVICE_INLINE double* begin(double* to) { return to; }
-  DEVICE_INLINE void end(double*, int64_t) {}
-};
-
-struct Tile {
-  int64_t offset;  // of its first element
-  int64_t rows;    // rows > 1 only where they follow one another in memory
-  int64_t columns;
-  int64_t channel;  // of its first column
-  bool along;       // one channel per column, else all of one channel
+  DEVICE_INLINE double* begin(double* data, const Tile& tile) { return data + tile.offset; }
+  DEVICE_INLINE void end(double*, const Tile&) {}
 };
 
 // What a kernel does to a tile is a function of float or double alone, called through a pointer;
@@ -228,14 +245,14 @@ DEVICE_INLINE void by_direction(bool along, const Body& body) {
 // Rows [begin, end) of an [outer][channels] array.
 template <class T, class Body>
 DEVICE_INLINE void for_tiles_along(int64_t channels, int64_t begin, int64_t end, const Body& body) {
-  const int64_t limit = std::is_same<T, compute_t<T>>::value ? INT64_MAX : kTile;
-  const int64_t columns = channels < limit ? channels : limit;
-  const int64_t step = limit / columns < end - begin ? limit / columns : end - begin;
+  constexpr bool is_converted = !std::is_same<T, compute_t<T>>::value;
+  const int64_t columns = is_converted && channels > kTileColumns ? kTileColumns : channels;
+  const int64_t step = is_converted ? kTile / columns : end - begin;
   for (int64_t row = begin; row < end; row += step) {
     const int64_t rows = step < end - row ? step : end - row;
     for (int64_t c = 0; c < channels; c += columns) {
       const int64_t width = columns < channels - c ? columns : channels - c;
-      body(Tile{row * channels + c, rows, width, c, true});
+      body(Tile{row * channels + c, rows, width, channels, c, true});
     }
   }
 }
@@ -244,7 +261,8 @@ DEVICE_INLINE void for_tiles_along(int64_t channels, int64_t begin, int64_t end,
 template <class Body>
 DEVICE_INLINE void for_tiles_within(int64_t channel, int64_t begin, int64_t end, const Body& body) {
   for (int64_t i = begin; i < end; i += kTile) {
-    body(Tile{i, 1, kTile < end - i ? kTile : end - i, channel, false});
+    const int64_t length = kTile < end - i ? kTile : end - i;
+    body(Tile{i, 1, length, length, channel, false});
   }
 }
 
