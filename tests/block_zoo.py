@@ -560,14 +560,14 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv3(8), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = conv3(8), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = conv3(24), nn.BatchNorm2d(24)
+        self.conv2, self.bn2 = conv3(24), nn.BatchNorm2d(24)
         self.relu = nn.ReLU(inplace=True)
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(8, 4, 1),
+            nn.Conv2d(24, 20, 1),
             nn.ReLU(inplace=True),
-            nn.Conv2d(4, 8, 1),
+            nn.Conv2d(20, 24, 1),
             nn.Sigmoid(),
         )
 
@@ -961,7 +961,9 @@ ZOO: dict[str, ZooEntry] = {
     "zero_padded_shortcut": ZooEntry(ZeroPaddedShortcut, fused=BASIC),
     "pre_activation": ZooEntry(PreActivation, fused={"bn1": "bn-relu"}),
     "pre_activation_projection": ZooEntry(lambda: PreActivation(8, 12, 2)),
-    "squeeze_excite": ZooEntry(SqueezeExcite, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
+    "squeeze_excite": ZooEntry(
+        SqueezeExcite, inputs=((3, 24, 9, 7),), fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}
+    ),
     "dense_layers": ZooEntry(DenseLayers, fused={"bn1": "bn-relu", "bn2": "bn-relu"}),
     "vgg": ZooEntry(
         Vgg,
