@@ -55,6 +55,8 @@ def fuse(
     al. (2018) for folding.
     """
     _demand_module(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function, got {type(filter_fn).__name__}")
     target = model if inplace else copy.deepcopy(model)
     analysis = analyse(target, filter_fn)
     left = [c for c in analysis.candidates if c.reason]

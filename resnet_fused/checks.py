@@ -71,22 +71,24 @@ def activation(act: object, negative_slope: object) -> None:
     """Demand a known activation and a usable slope."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if not isinstance(negative_slope, (int, float)) or not math.isfinite(negative_slope):
-        raise ValueError(f"negative_slope: expected a finite number, got {negative_slope!r}")
-    if negative_slope < 0:
-        # The backward pass reads the sign of the argument off the output.
-        raise ValueError(f"negative_slope: expected a number >= 0, got {negative_slope!r}")
+    # Not negative, because the backward pass reads the sign of the argument off the output.
+    if not _is_number(negative_slope) or not 0 <= negative_slope < math.inf:  # type: ignore[operator]
+        raise ValueError(f"negative_slope: expected a finite number >= 0, got {negative_slope!r}")
 
 
 def epsilon(eps: object) -> None:
     """Demand a finite number that is not negative."""
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not _is_number(eps) or not 0 <= eps < math.inf:  # type: ignore[operator]
         raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
 
 
 def pair(name: str, value: int | Sequence[int], *, least: int) -> list[int]:
     """Demand one integer or two, none below `least`; give two."""
-    values = [value, value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value, value]
     if len(values) != 2 or not all(
         isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in values
     ):

@@ -28,8 +28,21 @@ def scale_and_shift(
         conv_bias: the bias `b` of the convolution before, shape (C,), or None.
         dtype: of the result. The arithmetic is float64, so the fold itself costs no accuracy.
 
+    Raises:
+        ValueError: the vectors differ in length.
+
     Paper: Jacob et al., *Quantization and Training of Neural Networks* (2018), section 3.2.
     """
+    for name, vector in (
+        ("var", var),
+        ("weight", weight),
+        ("bias", bias),
+        ("conv_bias", conv_bias),
+    ):
+        if vector is not None and vector.shape != mean.shape:
+            raise ValueError(
+                f"{name}: expected mean's shape {tuple(mean.shape)}, got {tuple(vector.shape)}"
+            )
     scale = (var.double() + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from resnet_fused import fold
 from resnet_fused.backends import onednn
+from resnet_fused.ops.schema import is_channels_last
 
+_EAGER_IS_CONTIGUOUS = "_resnet_fused_eager_is_contiguous"  # on a channels_last output
 _MOST_SHAPES = 8  # input shapes whose reordered weights are remembered for one convolution
 
 
@@ -59,16 +61,34 @@ class PackedConv:
         residual: Tensor | None,
         act: str,
         negative_slope: float,
+        *,
+        free_layout: bool,
     ) -> Tensor:
-        """act(bn(conv(input)) [+ residual]) with fixed statistics, without gradients."""
+        """act(bn(conv(input)) [+ residual]) with fixed statistics, without gradients.
+
+        Computes in channels_last. The output has the layout that eager PyTorch gives, unless
+        `free_layout`: then it stays as it is, and tells its reader what eager's would be.
+        """
         fold = self._current(conv, bn, input.dtype)
-        input, residual = onednn.dense(input, conv.weight, residual)
         weight = fold.reordered.get(input.shape)
         if weight is None:
             weight = self._reorder(fold, input.shape)
-        return onednn.convolve(
-            fold.folded, weight, input, residual, act, negative_slope, carry_bounds=True
+        output = onednn.convolve(
+            fold.folded,
+            weight,
+            onednn.channels_last(input),
+            None if residual is None else onednn.channels_last(residual),
+            act,
+            negative_slope,
+            carry_bounds=True,
         )
+        like_input = is_channels_last(input) and not hasattr(input, _EAGER_IS_CONTIGUOUS)
+        if like_input or is_channels_last(conv.weight):
+            return output
+        if not free_layout:
+            return onednn.contiguous(output)
+        setattr(output, _EAGER_IS_CONTIGUOUS, True)
+        return output
 
     def _current(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Fold:
         sources = (
@@ -97,12 +117,12 @@ class PackedConv:
         return weight
 
 
-def _state(tensor: Tensor | None) -> tuple[int, ...] | None:
-    # An inference tensor has no version; it is treated as never changing in place.
+def _state(tensor: Tensor | None) -> object:
     if tensor is None:
         return None
-    version = -1 if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.data_ptr()
+    if tensor.is_inference():
+        return object()  # it has no version, and nothing made from it is kept
+    return id(tensor), tensor._version, tensor.data_ptr()
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

@@ -88,12 +88,14 @@ def fold(
     The products are made in the scale's dtype: float64 rounds each weight once.
     """
     with torch.no_grad():
-        if scale is not None:
-            weight = weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
-        weight = weight.detach().to(dtype)
+        if scale is None:
+            weight = weight.detach().to(dtype)
+        else:
+            product = torch.empty_like(weight, dtype=dtype)
+            weight = torch.mul(weight, scale.view(-1, 1, 1, 1), out=product)
         bias = weight.new_zeros(weight.shape[0]) if shift is None else shift.detach().to(dtype)
-    gain = weight.float().abs().sum((1, 2, 3)).max().item()
-    offset = bias.float().abs().max().item()
+        gain = torch.linalg.vector_norm(weight, 1, (1, 2, 3), dtype=torch.float32).max().item()
+        offset = bias.float().abs().max().item()
     return Folded(
         weight, bias, list(stride), list(padding), list(dilation), groups, gain, offset
     )  # fmt: skip
@@ -142,7 +144,7 @@ def convolve(
     *,
     carry_bounds: bool,
 ) -> Tensor:
-    """act(conv(input, weight) + bias [+ residual]), laid out like `input`, which must be dense.
+    """act(conv(input, weight) + bias [+ residual]), all of them channels_last and dense.
 
     `weight` is folded's or a reordered copy. `carry_bounds` says that nobody writes to input,
     residual and output behind the version counter's back, so that bounds may travel on them.
@@ -154,7 +156,9 @@ def convolve(
         if carry_bounds and not bound < _SAFE_BOUND:
             bound = _output_bound(folded, input, residual, trust=False)
         fits = bound < _SAFE_BOUND
-    if fits and (residual is None or act in ("none", "relu")):
+    # The library adds in the primitive for groups = 1 only, and activates nothing but relu then.
+    adds = residual is None or (folded.groups == 1 and act in ("none", "relu"))
+    if fits and adds:
         output = _run(folded, weight, input, residual, act, negative_slope)
     else:
         output = _run(folded, weight, input, None, "none", negative_slope)
@@ -176,7 +180,7 @@ def _run(
     negative_slope: float,
 ) -> Tensor:
     options = (folded.padding, folded.stride, folded.dilation, folded.groups)
-    if act in ("none", "relu"):
+    if act in ("none", "relu") and folded.groups == 1:
         unary = None if act == "none" else act
         output = _pooled_output(folded, input, residual)
         if output is not None:
@@ -197,7 +201,7 @@ def _run(
 
 def _pooled_output(folded: Folded, input: Tensor, residual: Tensor | None) -> Tensor | None:
     """A recycled output for the convolution to add to: zeros or the residual; None if too small."""
-    if not native.available or not is_channels_last(input):
+    if not native.available:
         return None
     shape = conv_output_size(input, folded.weight, folded.stride, folded.padding, folded.dilation)
     if math.prod(shape) * input.element_size() < _POOL_BYTES:
@@ -228,17 +232,33 @@ def conv_bn_act(
             z, scale, shift, residual, act, negative_slope
         )
     folded = fold(weight, scale, shift, stride, padding, dilation, groups, dtype=input.dtype)
-    input, residual = dense(input, weight, residual)
-    return convolve(folded, folded.weight, input, residual, act, negative_slope, carry_bounds=False)
+    output = convolve(
+        folded,
+        folded.weight,
+        channels_last(input),
+        None if residual is None else channels_last(residual),
+        act,
+        negative_slope,
+        carry_bounds=False,
+    )
+    return output if is_channels_last(input) or is_channels_last(weight) else contiguous(output)
 
 
-def dense(input: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Input and residual without gaps, in the layout that eager PyTorch gives the output."""
-    channels_last = is_channels_last(input) or is_channels_last(weight)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
-    return input.contiguous(memory_format=layout), residual
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same values with channels innermost and no gaps, in the strides too."""
+    tensor = tensor.contiguous(memory_format=torch.channels_last)
+    if is_channels_last(tensor):
+        return tensor
+    # One channel or one pixel: both layouts hold, and the library goes by the strides.
+    _, c, h, w = tensor.shape
+    return tensor.as_strided(tensor.shape, (c * h * w, 1, c * w, c))
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The same values in the order of the dimensions, in the strides too."""
+    tensor = tensor.contiguous()
+    _, c, h, w = tensor.shape
+    return tensor.as_strided(tensor.shape, (c * h * w, h * w, w, 1))
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

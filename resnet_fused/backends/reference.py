@@ -128,7 +128,8 @@ def activation_backward(
     if act == "leaky_relu":
         return aten.leaky_relu_backward(grad, argument, negative_slope, False)
     if act == "silu":
-        return aten.silu_backward(grad, argument)
+        gate = torch.sigmoid(argument)
+        return grad * gate * (1 + argument * (1 - gate))
     if act == "hardswish":
         return aten.hardswish_backward(grad, argument)
     return aten.gelu_backward(grad, argument)
@@ -167,5 +168,5 @@ def bn_act_backward(
     mean_grad, mean_product = (per_channel(g / count, input) for g in (grad_bias, grad_weight))
     scale = rstd if weight is None else rstd * weight
     grad_input = (grad - mean_grad - xhat * mean_product) * per_channel(scale, input)
-    grad_residual = grad.to(input.dtype) if has_residual else input.new_empty(0)
+    grad_residual = torch.empty_like(input).copy_(grad) if has_residual else input.new_empty(0)
     return grad_input.to(input.dtype), grad_residual, grad_weight, grad_bias

@@ -53,6 +53,7 @@ class _Walk:
         self.seen: set[int] = set()
         self.reported: set[str] = set()
         self.untraceable: dict[str, str] = {}
+        self.accepted: set[str] = set()  # by the filter
 
     def visit(self, module: nn.Module, name: str) -> None:
         if id(module) in self.seen:
@@ -85,8 +86,7 @@ class _Walk:
             if "forward" in vars(module):
                 raise Untraceable("its forward was replaced")
             plan = make_plan(module, excluded)
-            declined = self._declined(plan, module, name)
-            if declined:
+            while declined := self._declined(plan, module, name):
                 excluded |= declined
                 plan = make_plan(module, excluded)
         except Untraceable as error:
@@ -100,12 +100,16 @@ class _Walk:
         """Candidates that the caller's filter turns down."""
         if self.filter_fn is None:
             return {}
-        anchors = [str(run.anchor.target) for run in plan.runs if not run.reason]
-        return {
-            anchor: "excluded by filter_fn"
-            for anchor in anchors
-            if not self.filter_fn(_join(name, anchor), module.get_submodule(anchor))
-        }
+        declined = {}
+        for run in plan.runs:
+            anchor = str(run.anchor.target)
+            full = _join(name, anchor)
+            if not run.reason and full not in self.accepted:
+                if self.filter_fn(full, module.get_submodule(anchor)):
+                    self.accepted.add(full)
+                else:
+                    declined[anchor] = "excluded by filter_fn"
+        return declined
 
     def _report(self, plan: Plan, module: nn.Module, name: str) -> None:
         fused = isinstance(module, FusedModule)

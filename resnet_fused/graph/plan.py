@@ -34,12 +34,16 @@ class Body:
     steps: Mapping[str, object]
     arguments: tuple[str, ...]
     swallowed: tuple[tuple[tuple[str, ...], type], ...]  # modules that are no longer called
+    children: tuple[str, ...]
+    constants: Mapping[str, object]  # numbers and flags that forward may have read
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call, and the module's state, are what the trace assumed."""
         if len(args) + len(kwargs) != len(self.arguments):
             return False
         if kwargs and not all(name in self.arguments for name in kwargs):
+            return False
+        if tuple(module._modules) != self.children or _constants(module) != self.constants:
             return False
         for path, kind in self.swallowed:
             child = module
@@ -176,7 +180,7 @@ def _plan_graph(
             steps[name] = MaxPool()
             swallowed.add(str(node.target))
             _call_step(graph, node, name, [node.args[0]], [str(node.target)])
-    _mark_deferring(graph, steps)
+    _tell_readers(graph, steps)
     return _compile(module, graph, steps, swallowed), runs
 
 
@@ -235,19 +239,19 @@ def _takes_deferred(pool: nn.MaxPool2d, node: fx.Node, steps: Mapping[str, objec
     )
 
 
-def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
-    """A step whose only reader is a step that computes from it may leave its activation to that."""
+def _tell_readers(graph: fx.Graph, steps: Mapping[str, object]) -> None:
+    """Tell each step what it may leave to its readers: its layout, or its whole activation."""
     for node in graph.nodes:
         step = steps.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(step, MaxPool) or step is None or len(node.users) != 1:
+        after = step.after if isinstance(step, ConvBNAct) else step
+        if not isinstance(after, BNAct):
             continue
-        reader = next(iter(node.users))
-        taker = steps.get(str(reader.target)) if reader.op == "call_module" else None
-        reads_once = reader.args[0] is node and node not in reader.args[1:]
-        if isinstance(taker, (ConvBNAct, MaxPool)) and reads_once:
-            after = step.after if isinstance(step, ConvBNAct) else step
-            assert isinstance(after, BNAct)
-            after.defers = True
+        readers = [steps.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
+        if isinstance(step, ConvBNAct):
+            step.free_layout = all(isinstance(r, ConvBNAct) for r in readers)
+        if len(readers) == 1 and isinstance(readers[0], (ConvBNAct, MaxPool)):
+            args = next(iter(node.users)).args
+            after.defers = args[0] is node and node not in args[1:]
 
 
 def _compile(
@@ -266,4 +270,15 @@ def _compile(
         for name in sorted(swallowed | opened)
     )
     arguments = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
-    return Body(scope["forward"], source.src, steps, arguments, paths)
+    return Body(
+        scope["forward"], source.src, steps, arguments, paths,
+        tuple(module._modules), _constants(module),
+    )  # fmt: skip
+
+
+def _constants(module: nn.Module) -> dict[str, object]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in (bool, int, float, str) and name != "training"
+    }

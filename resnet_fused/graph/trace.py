@@ -7,9 +7,13 @@ branches on data, random numbers drawn in forward, tensors made in forward, attr
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import inspect
 import operator
 import random
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -40,9 +44,12 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
     before = _attributes(probe)
     dice = _random_states()
     try:
-        graph = _Tracer(sequences).trace(probe)
+        with _symbols_are_tensors():
+            graph = _Tracer(sequences).trace(probe)
     except Exception as error:  # a user's forward may raise anything when run on symbols
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, Untraceable):
+            raise
         raise Untraceable(f"forward cannot be traced: {message}") from error
     finally:
         rolled = _restore_random_states(dice)
@@ -97,27 +104,68 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _TensorSymbol(_Symbol):
-    """A symbol that says yes to ``isinstance(x, torch.Tensor)``, as the value will."""
+    """A symbol that ``isinstance(x, torch.Tensor)`` takes for a tensor while tracing."""
 
     _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and nn.Buffer ask for
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
+
+_tracing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _symbols_are_tensors() -> Iterator[None]:
+    """Let Python's isinstance, and not C code's type checks, take a symbol for a tensor."""
+
+    def answer(value: object, kinds: Any) -> bool:
+        return ask(value, kinds) or (type(value) is _TensorSymbol and issubclass(Tensor, kinds))
+
+    with _tracing:
+        ask = builtins.isinstance
+        builtins.isinstance = answer
+        try:
+            yield
+        finally:
+            builtins.isinstance = ask
+
+
+_NOT_TENSORS = ("size", "dim", "numel", "stride", "item", "tolist", "chunk", "split", "unbind")
+
+
+def _modes() -> tuple[Any, ...]:
+    """What `with torch.no_grad()` and the like change; a graph cannot hold it."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+    )
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, sequences: bool) -> None:
         super().__init__()
         self.sequences = sequences
+        self.tensors: set[fx.Node] = set()
+        self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not opens(m)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if node.op == "placeholder" and self.sequences:
-            return _Symbol(node, self)
-        return _TensorSymbol(node, self)
+        if self._is_tensor(node):
+            self.tensors.add(node)
+            return _TensorSymbol(node, self)
+        return _Symbol(node, self)
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        if node.op in ("call_function", "call_method"):
+            about = node.target is getattr or node.target in _NOT_TENSORS
+            return not about and any(n in self.tensors for n in node.all_input_nodes)
+        return node.op != "placeholder" or not self.sequences
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise Untraceable("forward switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         return a.node if type(a) is _TensorSymbol else super().create_arg(a)

@@ -21,6 +21,12 @@ def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
             f"input: expected {bn.num_features} channels for batch norm, "
             f"got shape {tuple(input.shape)}"
         )
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        vector = getattr(bn, name)
+        if vector is not None and vector.shape != (bn.num_features,):
+            raise ValueError(
+                f"{name}: expected shape ({bn.num_features},), got {tuple(vector.shape)}"
+            )
     if uses_batch_statistics(bn) and input.shape.numel() == input.shape[1]:
         raise ValueError(
             "input: expected more than 1 value per channel when training, "
@@ -51,7 +57,10 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, cou
             return
         unbiased = var * (count / max(count - 1, 1))
         for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-            running.copy_(batch * momentum + running.to(batch.dtype) * (1 - momentum))
+            if isinstance(momentum, float) and running.dtype == batch.dtype:
+                running.mul_(1 - momentum).add_(batch, alpha=momentum)
+            else:
+                running.copy_(batch * momentum + running.to(batch.dtype) * (1 - momentum))
 
 
 def affine(bn: nn.BatchNorm2d, input: Tensor) -> tuple[Tensor | None, Tensor | None]:

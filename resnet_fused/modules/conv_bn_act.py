@@ -32,6 +32,7 @@ class ConvBNAct:
     """
 
     after: BNAct
+    free_layout: bool = False  # every reader is such a step: the output need not be in eager's
     packed: PackedConv = field(default_factory=PackedConv, compare=False)
 
     def __call__(
@@ -70,7 +71,7 @@ class ConvBNAct:
             return self._traceable(data, weight, bias, conv, bn, residual)
         if data.device.type != "cpu" or onednn.unusable(data.dtype) is not None:
             return None
-        return self.packed(data, conv, bn, residual, *options)
+        return self.packed(data, conv, bn, residual, *options, free_layout=self.free_layout)
 
     def _traceable(
         self,

@@ -140,9 +140,10 @@ def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
-    weight, bias = ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # read once: checkpointing gives them once
+    weight, bias = saved[5:]
     grad_input, grad_residual, grad_weight, grad_bias = _ops.bn_act_backward(
-        grad, *ctx.saved_tensors, ctx.eps, ctx.act, ctx.slope, ctx.has_residual
+        grad, *saved, ctx.eps, ctx.act, ctx.slope, ctx.has_residual
     )
     return (
         grad_input,
