@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import block_zoo
 import pytest
 import torch
 from block_zoo import PreActivation, SequentialBlock
-from tolerance import assert_parity, double_model
+from tolerance import assert_parity, double_model, relative_error
 from torch import Tensor, nn
 
 from resnet_fused import explain, functional, fuse
@@ -59,21 +60,23 @@ def test_compiled_model_sees_new_weights() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_for_training(backend: str) -> None:
+    """Eager's own error is the larger of its errors in the two layouts, as in test_graph.py."""
     plain, x = network().train(), torch.randn(4, 3, 16, 14)
     fused, reference = fuse(plain), double_model(plain)
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     compiled = torch.compile(fused, fullgraph=True, backend=backend)
+    other(x.to(memory_format=torch.channels_last)).square().sum().backward()
     outputs = [compiled(x), plain(x), reference(x.double())]
     for output in outputs:
         output.square().sum().backward()
     assert_parity(*outputs, what="output")
-    rows = list(
-        zip(fused.named_parameters(), plain.parameters(), reference.parameters(), strict=True)
-    )
-    scale = max(r.grad.abs().max().item() for _, _, r in rows if r.grad is not None)
-    for (name, p), e, r in rows:
-        assert p.grad is not None and e.grad is not None and r.grad is not None, name
+    models = (fused, plain, other, reference)
+    rows = list(zip(*(m.named_parameters() for m in models), strict=True))
+    scale = max(r.grad.abs().max().item() for *_, (_, r) in rows)
+    for (name, p), (_, e), (_, o), (_, r) in rows:
+        eager = max(e.grad, o.grad, key=lambda g, r=r: relative_error(g, r.grad))
         vanishes = r.grad.abs().max().item() < 1e-9 * scale
-        assert_parity(p.grad, e.grad, r.grad, what=name, scale=scale if vanishes else None)
+        assert_parity(p.grad, eager, r.grad, what=name, scale=scale if vanishes else None)
     for (name, b), e, r in zip(
         fused.named_buffers(), plain.buffers(), reference.buffers(), strict=True
     ):

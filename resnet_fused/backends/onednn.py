@@ -58,6 +58,21 @@ def unusable(dtype: torch.dtype) -> str | None:
     return f"oneDNN's fused convolution is not used for {dtype}"
 
 
+def is_small(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether eager PyTorch leaves a convolution to its own im2col instead of oneDNN.
+
+    So does this library: on such sizes oneDNN sums in one long chain, at several times the error.
+    The rule is ATen's (use_mkldnn in native/Convolution.cpp).
+    """
+    return (
+        input.dtype == torch.float32
+        and input.shape[0] == 1
+        and groups == 1
+        and min(weight.shape[2:]) <= 3
+        and input.numel() <= 20480
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Folded:
     """A convolution's weights with the scale folded in, and what bounds its output."""
@@ -225,7 +240,7 @@ def conv_bn_act(
     negative_slope: float,
 ) -> Tensor:
     """The operator on a CPU: folds on every call. Modules keep the fold, see packing.py."""
-    if input.numel() == 0 or unusable(input.dtype) is not None:
+    if input.numel() == 0 or unusable(input.dtype) or is_small(input, weight, groups):
         z = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
         scale, shift = reference.scale_and_shift_or_identity(z, scale, shift)
         return torch.ops.resnet_fused.scale_shift_act(

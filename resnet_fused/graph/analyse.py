@@ -100,7 +100,7 @@ class _Walk:
         """Candidates that the caller's filter turns down."""
         if self.filter_fn is None:
             return {}
-        declined = {}
+        declined: dict[str, str] = {}
         for run in plan.runs:
             anchor = str(run.anchor.target)
             full = _join(name, anchor)
@@ -108,7 +108,8 @@ class _Walk:
                 if self.filter_fn(full, module.get_submodule(anchor)):
                     self.accepted.add(full)
                 else:
-                    declined[anchor] = "excluded by filter_fn"
+                    own = (str(n.target) for n in (run.conv, run.bn) if n is not None)
+                    declined |= dict.fromkeys(own, "excluded by filter_fn")
         return declined
 
     def _report(self, plan: Plan, module: nn.Module, name: str) -> None:

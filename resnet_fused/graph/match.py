@@ -110,7 +110,7 @@ class Matcher:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return "called with more than its input"
         if sum(self.module(n) is module for n in self.graph.nodes) > 1:
-            return "it is called more than once"
+            return "it is used at several places of this forward"
         return self.module_reason(module)
 
     def _run(self, first: fx.Node) -> Run:

@@ -23,10 +23,14 @@ def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
         )
     for name in ("running_mean", "running_var", "weight", "bias"):
         vector = getattr(bn, name)
-        if vector is not None and vector.shape != (bn.num_features,):
+        if vector is None:
+            continue
+        if vector.shape != (bn.num_features,):
             raise ValueError(
                 f"{name}: expected shape ({bn.num_features},), got {tuple(vector.shape)}"
             )
+        if vector.device != input.device:
+            raise ValueError(f"input: expected {name}'s device {vector.device}, got {input.device}")
     if uses_batch_statistics(bn) and input.shape.numel() == input.shape[1]:
         raise ValueError(
             "input: expected more than 1 value per channel when training, "
@@ -40,12 +44,14 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, cou
     .. math:: running = (1 - momentum) \cdot running + momentum \cdot batch
 
     Args:
-        bn: the module; nothing happens unless it trains and tracks.
+        bn: the module; nothing happens unless it trains and tracks, nor when gradient
+            checkpointing runs a forward again (eager PyTorch counts such a batch twice).
         mean, var: the batch's mean and biased variance; the running variance is unbiased.
         count: values per channel in the batch. With momentum None the mean over all batches is
             kept.
     """
-    if not (bn.training and bn.track_running_stats):
+    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if not (bn.training and bn.track_running_stats) or recomputing:
         return
     with torch.no_grad():
         momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum

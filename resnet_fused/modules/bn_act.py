@@ -37,7 +37,7 @@ class BNAct:
         self, input: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None
     ) -> Tensor | Deferred:
         check_input(bn, input)
-        if not _plain(input, bn) or not _addable(residual, input):
+        if not _plain(input) or not _addable(residual, input):
             return self.finish(bn(input), residual)
         options = (self.act, self.negative_slope)
         if not uses_batch_statistics(bn):
@@ -67,14 +67,8 @@ class BNAct:
         return reference.activation(self.act, self.negative_slope)(output)
 
 
-def _plain(input: Tensor, bn: nn.BatchNorm2d) -> bool:
-    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    return (
-        input.numel() > 0
-        and input.dtype in DTYPES
-        and input.layout == torch.strided
-        and all(v is None or v.device == input.device for v in vectors)
-    )
+def _plain(input: Tensor) -> bool:
+    return input.numel() > 0 and input.dtype in DTYPES and input.layout == torch.strided
 
 
 def _addable(residual: Tensor | None, output: Tensor) -> bool:

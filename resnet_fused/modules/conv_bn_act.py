@@ -71,6 +71,8 @@ class ConvBNAct:
             return self._traceable(data, weight, bias, conv, bn, residual)
         if data.device.type != "cpu" or onednn.unusable(data.dtype) is not None:
             return None
+        if onednn.is_small(data, weight, conv.groups):
+            return None
         return self.packed(data, conv, bn, residual, *options, free_layout=self.free_layout)
 
     def _traceable(
