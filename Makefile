@@ -12,7 +12,7 @@ demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_speedup.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
 	$(BIN)/python -m pytest -q tests/test_speedup.py
 
 lint: .venv/.ready

@@ -9,14 +9,18 @@ counter, here as in autograd.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused import fold
 from resnet_fused.backends import onednn
-from resnet_fused.ops.schema import is_channels_last
+from resnet_fused.ops.schema import conv_output_size, is_channels_last
+
+T = TypeVar("T")
 
 _EAGER_IS_CONTIGUOUS = "_resnet_fused_eager_is_contiguous"  # on a channels_last output
 _MOST_SHAPES = 8  # input shapes whose reordered weights are remembered for one convolution
@@ -32,26 +36,103 @@ def conv_padding(conv: nn.Conv2d) -> list[int] | None:
     return None if any(t % 2 for t in total) else [t // 2 for t in total]
 
 
-@dataclass(slots=True)
-class _Fold:
-    key: tuple[object, ...]
-    sources: tuple[Tensor | None, ...]  # kept alive, so that no other tensor can take an identity
-    folded: onednn.Folded
-    reordered: dict[torch.Size, Tensor] = field(default_factory=dict)
-
-
-class PackedConv:
-    """The fold of one convolution and one batch norm (or none), made at its first use.
+class Kept(Generic[T]):
+    """A value made from tensors, kept as long as they and its options have not changed.
 
     Safe to share between threads. A copy (deepcopy, pickle) starts empty.
     """
 
     def __init__(self) -> None:
-        self._fold: _Fold | None = None
+        # The tensors are kept alive with it, so that no other one can take an identity.
+        self._kept: tuple[tuple[object, ...], Sequence[Tensor | None], T] | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[PackedConv], tuple[()]]:
-        return PackedConv, ()
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[()]]:
+        return type(self), ()
+
+    def get(
+        self,
+        options: tuple[object, ...],
+        sources: Sequence[Tensor | None],
+        make: Callable[[], T],
+    ) -> T:
+        """The value for these tensors, made now if need be."""
+        key = (options, *map(_state, sources))
+        kept = self._kept
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        with self._lock, torch.no_grad():
+            value = make()
+            self._kept = key, sources, value
+        return value
+
+
+def _state(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
+    try:
+        return id(tensor), tensor._version, tensor.data_ptr()
+    except RuntimeError:
+        return object()  # an inference tensor has no version: nothing made from it is kept
+
+
+def statistics_and_affine(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
+    """What BN with fixed statistics computes from: mean, variance, weight and bias."""
+    if bn is None:
+        return ()
+    buffers, parameters = bn._buffers, bn._parameters  # getattr costs more than the whole key
+    return (
+        buffers["running_mean"],
+        buffers["running_var"],
+        parameters["weight"],
+        parameters["bias"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    weight: Tensor  # in oneDNN's own layout
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    folded: onednn.Folded
+    channels_last: bool
+    prepared: dict[torch.Size, _Prepared | None] = field(default_factory=dict)
+
+    def for_shape(self, input: Tensor) -> _Prepared | None:
+        """The weights for inputs of this shape; None where another path has to take them."""
+        shape = input.shape
+        if shape not in self.prepared:
+            if len(self.prepared) >= _MOST_SHAPES:
+                self.prepared.clear()
+            self.prepared[shape] = self._prepare(input)
+        return self.prepared[shape]
+
+    def _prepare(self, input: Tensor) -> _Prepared | None:
+        folded = self.folded
+        if (
+            input.dim() != 4
+            or input.numel() == 0
+            or input.shape[1] != folded.weight.shape[1] * folded.groups
+            or onednn.is_small(input, folded.weight, folded.groups)
+        ):
+            return None
+        size = conv_output_size(
+            input, folded.weight, folded.stride, folded.padding, folded.dilation
+        )
+        if min(size) < 1:
+            return None
+        weight = onednn.reorder(folded, input.shape)
+        for known in self.prepared.values():
+            if known is not None and _same_layout(known.weight, weight):
+                weight = known.weight
+        return _Prepared(weight, size)
+
+
+class PackedConv(Kept[_Packed]):
+    """The fold of one convolution and one batch norm (or none) in oneDNN's layout."""
 
     def __call__(
         self,
@@ -63,66 +144,52 @@ class PackedConv:
         negative_slope: float,
         *,
         free_layout: bool,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """act(bn(conv(input)) [+ residual]) with fixed statistics, without gradients.
 
         Computes in channels_last. The output has the layout that eager PyTorch gives, unless
-        `free_layout`: then it stays as it is, and tells its reader what eager's would be.
+        `free_layout`: then it stays as it is, and tells its reader what eager's would be. None if
+        the arguments do not fit together, or eager PyTorch would not call oneDNN either.
         """
-        fold = self._current(conv, bn, input.dtype)
-        weight = fold.reordered.get(input.shape)
-        if weight is None:
-            weight = self._reorder(fold, input.shape)
+        weights = conv._parameters["weight"], conv._parameters["bias"]
+        options = (
+            input.dtype, conv.stride, conv.padding, conv.dilation, conv.groups,
+            None if bn is None else bn.eps,
+        )  # fmt: skip
+        packed = self.get(
+            options,
+            (*weights, *statistics_and_affine(bn)),
+            lambda: _pack(conv, bn, input.dtype),
+        )
+        prepared = packed.for_shape(input)
+        if prepared is None or not (
+            residual is None
+            or (
+                residual.shape == prepared.output_shape
+                and residual.dtype == input.dtype
+                and residual.is_cpu
+                and residual.layout == torch.strided
+            )
+        ):
+            return None
         output = onednn.convolve(
-            fold.folded,
-            weight,
+            packed.folded,
+            prepared.weight,
             onednn.channels_last(input),
             None if residual is None else onednn.channels_last(residual),
             act,
             negative_slope,
+            output_shape=prepared.output_shape,
             carry_bounds=True,
         )
-        like_input = is_channels_last(input) and not hasattr(input, _EAGER_IS_CONTIGUOUS)
-        if like_input or is_channels_last(conv.weight):
+        if packed.channels_last or (
+            not hasattr(input, _EAGER_IS_CONTIGUOUS) and is_channels_last(input)
+        ):
             return output
         if not free_layout:
             return onednn.contiguous(output)
         setattr(output, _EAGER_IS_CONTIGUOUS, True)
         return output
-
-    def _current(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Fold:
-        sources = (
-            (conv.weight, conv.bias)
-            if bn is None
-            else (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        )
-        key = (dtype, None if bn is None else bn.eps, *map(_state, sources))
-        fold = self._fold
-        if fold is not None and fold.key == key:
-            return fold
-        with self._lock:
-            self._fold = fold = _Fold(key, sources, _fold(conv, bn, dtype))
-        return fold
-
-    def _reorder(self, fold: _Fold, shape: torch.Size) -> Tensor:
-        with self._lock:
-            weight = onednn.reorder(fold.folded, shape)
-            for known in fold.reordered.values():
-                if _same_layout(known, weight):
-                    weight = known
-                    break
-            if len(fold.reordered) >= _MOST_SHAPES:
-                fold.reordered.clear()
-            fold.reordered[shape] = weight
-        return weight
-
-
-def _state(tensor: Tensor | None) -> object:
-    if tensor is None:
-        return None
-    if tensor.is_inference():
-        return object()  # it has no version, and nothing made from it is kept
-    return id(tensor), tensor._version, tensor.data_ptr()
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -130,7 +197,7 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     return a.is_mkldnn and b.is_mkldnn and torch.equal(describe(a), describe(b))
 
 
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> onednn.Folded:
+def _pack(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Packed:
     padding = conv_padding(conv)
     assert padding is not None  # the matcher leaves such convolutions alone
     scale, shift = None, conv.bias
@@ -140,7 +207,8 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> one
             bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
             conv_bias=conv.bias, dtype=torch.float64,
         )  # fmt: skip
-    return onednn.fold(
+    folded = onednn.fold(
         conv.weight, scale, shift,
         list(conv.stride), padding, list(conv.dilation), conv.groups, dtype=dtype,
     )  # fmt: skip
+    return _Packed(folded, is_channels_last(conv.weight))

@@ -19,7 +19,9 @@ SIMD Architectures* (2018).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +42,23 @@ _POST_OPERATIONS: dict[str, tuple[str, str]] = {  # act -> (oneDNN's name, its a
 _NEEDS_FINITE = ("relu", "relu6", "gelu")
 _SAFE_BOUND = 1e37  # float32's and bfloat16's largest number is 3.4e38
 _ROUNDING = 1.01  # growth of a bound by the rounding of one layer, generous for bfloat16
-_POOL_BYTES = 1 << 20  # smaller outputs are recycled by malloc itself
+_POOL_BYTES = (
+    32 << 20
+)  # malloc recycles smaller ones itself (glibc: M_MMAP_THRESHOLD at most 32 MiB)
 _MARK = "_resnet_fused_bound"  # on a tensor: (its version, a bound on max |x|)
 
 
 def unusable(dtype: torch.dtype) -> str | None:
     """Why oneDNN's fused convolution cannot run for a dtype on this machine, or None if it can."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return "PyTorch's oneDNN is missing or switched off (torch.backends.mkldnn)"
+    if not torch.backends.mkldnn.enabled:
+        return "PyTorch's oneDNN is switched off (torch.backends.mkldnn.enabled)"
+    return _unusable(dtype)
+
+
+@functools.cache
+def _unusable(dtype: torch.dtype) -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch has no oneDNN"
     if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return "this PyTorch has no mkldnn._convolution_pointwise"
     if dtype == torch.float32:
@@ -157,6 +168,7 @@ def convolve(
     act: str,
     negative_slope: float,
     *,
+    output_shape: Sequence[int],
     carry_bounds: bool,
 ) -> Tensor:
     """act(conv(input, weight) + bias [+ residual]), all of them channels_last and dense.
@@ -174,9 +186,9 @@ def convolve(
     # The library adds in the primitive for groups = 1 only, and activates nothing but relu then.
     adds = residual is None or (folded.groups == 1 and act in ("none", "relu"))
     if fits and adds:
-        output = _run(folded, weight, input, residual, act, negative_slope)
+        output = _run(folded, weight, input, residual, act, negative_slope, output_shape)
     else:
-        output = _run(folded, weight, input, None, "none", negative_slope)
+        output = _run(folded, weight, input, None, "none", negative_slope, output_shape)
         one = torch.ones(output.shape[1])
         output = torch.ops.resnet_fused.scale_shift_act(
             output, one, torch.zeros_like(one), residual, act, negative_slope
@@ -193,11 +205,12 @@ def _run(
     residual: Tensor | None,
     act: str,
     negative_slope: float,
+    output_shape: Sequence[int],
 ) -> Tensor:
     options = (folded.padding, folded.stride, folded.dilation, folded.groups)
     if act in ("none", "relu") and folded.groups == 1:
         unary = None if act == "none" else act
-        output = _pooled_output(folded, input, residual)
+        output = _pooled_output(output_shape, input, residual)
         if output is not None:
             torch.ops.mkldnn._convolution_pointwise_.binary(
                 output, input, weight, folded.bias, *options, "add", None, unary, [], None
@@ -214,12 +227,9 @@ def _run(
     )
 
 
-def _pooled_output(folded: Folded, input: Tensor, residual: Tensor | None) -> Tensor | None:
+def _pooled_output(shape: Sequence[int], input: Tensor, residual: Tensor | None) -> Tensor | None:
     """A recycled output for the convolution to add to: zeros or the residual; None if too small."""
-    if not native.available:
-        return None
-    shape = conv_output_size(input, folded.weight, folded.stride, folded.padding, folded.dilation)
-    if math.prod(shape) * input.element_size() < _POOL_BYTES:
+    if math.prod(shape) * input.element_size() < _POOL_BYTES or not native.available:
         return None
     if residual is None:
         return torch.ops.resnet_fused._pool_zeros(shape, input.dtype)
@@ -254,6 +264,7 @@ def conv_bn_act(
         None if residual is None else channels_last(residual),
         act,
         negative_slope,
+        output_shape=conv_output_size(input, weight, stride, padding, dilation),
         carry_bounds=False,
     )
     return output if is_channels_last(input) or is_channels_last(weight) else contiguous(output)
@@ -261,6 +272,8 @@ def conv_bn_act(
 
 def channels_last(tensor: Tensor) -> Tensor:
     """The same values with channels innermost and no gaps, in the strides too."""
+    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return tensor
     tensor = tensor.contiguous(memory_format=torch.channels_last)
     if is_channels_last(tensor):
         return tensor

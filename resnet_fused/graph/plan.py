@@ -43,8 +43,12 @@ class Body:
             return False
         if kwargs and not all(name in self.arguments for name in kwargs):
             return False
-        if tuple(module._modules) != self.children or _constants(module) != self.constants:
+        if tuple(module._modules) != self.children:
             return False
+        own = module.__dict__
+        for name, value in self.constants.items():
+            if own.get(name) != value:
+                return False
         for path, kind in self.swallowed:
             child = module
             for name in path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from resnet_fused.modules.batch_norm import (
 )
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.schema import statistics_dtype
+from resnet_fused.packing import Kept, statistics_and_affine
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class BNAct:
     negative_slope: float = 0.01
     inplace_add: bool = False  # written `out += residual`: the sum keeps out's dtype and shape
     defers: bool = False  # the only reader is a step that takes a Deferred
+    folded: Kept[tuple[Tensor, Tensor]] = field(default_factory=Kept, compare=False)
 
     def __call__(
         self, input: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None
@@ -41,11 +43,7 @@ class BNAct:
             return self.finish(bn(input), residual)
         options = (self.act, self.negative_slope)
         if not uses_batch_statistics(bn):
-            assert bn.running_mean is not None and bn.running_var is not None
-            vectors = fold.scale_and_shift(
-                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-                dtype=statistics_dtype(input.dtype),
-            )  # fmt: skip
+            vectors = self._vectors(bn, statistics_dtype(input.dtype))
             return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
         if (
             self.defers
@@ -59,6 +57,21 @@ class BNAct:
         )
         update_running_statistics(bn, mean, var, input.numel() // input.shape[1])
         return output
+
+    def _vectors(self, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        sources = statistics_and_affine(bn)
+        mean, var, weight, bias = sources
+        assert mean is not None and var is not None
+
+        def make() -> tuple[Tensor, Tensor]:
+            return fold.scale_and_shift(mean, var, weight, bias, bn.eps, dtype=dtype)
+
+        differentiable = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in sources
+        )
+        if differentiable or torch.compiler.is_compiling():
+            return make()
+        return self.folded.get((bn.eps, dtype), sources, make)
 
     def finish(self, output: Tensor, residual: Tensor | None) -> Tensor:
         """What follows batch norm as eager PyTorch does it, with its type promotion and errors."""

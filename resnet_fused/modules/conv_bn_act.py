@@ -63,16 +63,19 @@ class ConvBNAct:
             return None
         if torch.is_grad_enabled() and _any_requires_grad(input, conv, bn, residual):
             return None
-        options = (self.after.act, self.after.negative_slope)
-        data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
-        if not _sound(data, weight, bias, conv, residual):
-            return None
         if torch.compiler.is_compiling():
-            return self._traceable(data, weight, bias, conv, bn, residual)
-        if data.device.type != "cpu" or onednn.unusable(data.dtype) is not None:
+            data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
+            sound = _sound(data, weight, bias, conv, residual)
+            return self._traceable(data, weight, bias, conv, bn, residual) if sound else None
+        (data,) = cast_for_autocast(input.device, input)
+        if (
+            not data.is_cpu
+            or data.layout != torch.strided
+            or (data is input and conv.weight.dtype != data.dtype)
+            or onednn.unusable(data.dtype) is not None
+        ):
             return None
-        if onednn.is_small(data, weight, conv.groups):
-            return None
+        options = (self.after.act, self.after.negative_slope)
         return self.packed(data, conv, bn, residual, *options, free_layout=self.free_layout)
 
     def _traceable(

@@ -76,13 +76,24 @@ def conv_output_size(
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether eager PyTorch gives an operator's output channels_last strides for this input."""
-    return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
+    """Whether eager PyTorch gives an operator's output channels_last strides for this input.
+
+    The rule of ATen's ``suggest_memory_format`` for four dimensions, as every call needs it: going
+    from channels outwards no stride is smaller than what lies inside it.
+    """
+    if tensor.dim() != 4 or 0 in tensor.shape or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for size, stride in ((tensor.shape[d], tensor.stride(d)) for d in (1, 3, 2)):
+        if stride < least:
+            return False
+        least = stride * size
+    return tensor.stride(0) >= least and least != tensor.stride(1)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::conv_bn_act", lib=_library)
 def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, act, slope):
-    channels_last = is_channels_last(input) or is_channels_last(weight)
+    channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
     return input.new_empty(
         conv_output_size(input, weight, stride, padding, dilation),
     ).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
