@@ -42,9 +42,7 @@ _POST_OPERATIONS: dict[str, tuple[str, str]] = {  # act -> (oneDNN's name, its a
 _NEEDS_FINITE = ("relu", "relu6", "gelu")
 _SAFE_BOUND = 1e37  # float32's and bfloat16's largest number is 3.4e38
 _ROUNDING = 1.01  # growth of a bound by the rounding of one layer, generous for bfloat16
-_POOL_BYTES = (
-    32 << 20
-)  # malloc recycles smaller ones itself (glibc: M_MMAP_THRESHOLD at most 32 MiB)
+_POOL_BYTES = 32 << 20  # glibc's malloc recycles what is smaller (M_MMAP_THRESHOLD's maximum)
 _MARK = "_resnet_fused_bound"  # on a tensor: (its version, a bound on max |x|)
 
 
@@ -137,7 +135,7 @@ def reorder(folded: Folded, input_shape: torch.Size) -> Tensor:
 
 def _max_abs(input: Tensor) -> float:
     if native.available:
-        return torch.ops.resnet_fused._max_abs(input)
+        return torch.ops.resnet_fused._max_abs.default(input)
     return input.abs().max().item()
 
 
@@ -222,7 +220,7 @@ def _run(
             )
     name, algorithm = _POST_OPERATIONS[act]
     scalars = {"leaky_relu": [negative_slope], "relu6": [0.0, 6.0]}.get(act, [])
-    return torch.ops.mkldnn._convolution_pointwise(
+    return torch.ops.mkldnn._convolution_pointwise.default(
         input, weight, folded.bias, *options, name, scalars, algorithm
     )
 
