@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,7 +158,6 @@ def _judge(
     dtype = case.torch_dtype
     training = case.mode == "training"
     shape_of = trials[0].to(device=case.device, dtype=dtype)
-    reference = TorchVariant(copy.deepcopy(base).double(), shape_of.double(), training=training)
     baselines: dict[str, Variant] = {
         name: entry.variant
         for name in ("eager", "eager_channels_last")
@@ -170,7 +170,7 @@ def _judge(
     worst = {"output": 0.0, "gradient": 0.0}  # of the baselines
     for number, images in enumerate(trials):
         images = images.to(device=case.device, dtype=dtype)
-        truth = reference.outputs(images.double())
+        truth = _truth(base, images, training=training)
         for variant in baselines.values():
             for kind, error in _errors(variant.outputs(images), truth).items():
                 worst[kind] = max(worst[kind], error)
@@ -191,6 +191,22 @@ def _judge(
         if not pending or number == len(trials) - 1:
             break
     return error_budget(worst["gradient" if training else "output"], dtype)
+
+
+def _truth(base: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tensor]:
+    """The outputs of a float64 copy.
+
+    In a thread of its own, so in malloc's arena of that thread: the hundreds of megabytes that a
+    float64 copy leaves free in the main one would serve the timed variants' large tensors for the
+    rest of the run, and hide the page faults that a user's process pays for them.
+    """
+
+    def outputs() -> dict[str, Tensor]:
+        exact = TorchVariant(copy.deepcopy(base).double(), images.double(), training=training)
+        return exact.outputs(images.double())
+
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(outputs).result()
 
 
 def _errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
