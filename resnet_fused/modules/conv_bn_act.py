@@ -18,7 +18,7 @@ from resnet_fused.modules.batch_norm import uses_batch_statistics
 from resnet_fused.modules.bn_act import BNAct
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.autograd import cast_for_autocast
-from resnet_fused.ops.schema import conv_output_size, statistics_dtype
+from resnet_fused.ops.schema import conv_output_size, is_channels_last, statistics_dtype
 from resnet_fused.packing import PackedConv, conv_padding
 
 
@@ -48,7 +48,7 @@ class ConvBNAct:
             output = self._fixed(input, conv, bn, residual)
             if output is not None:
                 return output
-            z = conv(input)
+            z = _convolve(input, conv)
         return self.after.finish(z, residual) if bn is None else self.after(z, bn, residual)
 
     def _fixed(
@@ -127,6 +127,14 @@ def _sound(
     assert padding is not None
     size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
     return min(size) > 0 and (residual is None or tuple(residual.shape) == size)
+
+
+def _convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
+    # With weights in channels_last oneDNN takes 1.7 times as long for an image's three channels
+    # (16x3x112x112, 7x7: 7.4 ms against 4.4). The output's layout follows the input either way.
+    if conv.in_channels <= 4 and input.is_cpu and is_channels_last(input):
+        return conv._conv_forward(input, conv.weight.contiguous(), conv.bias)
+    return conv(input)
 
 
 def _convolve_deferred(input: Deferred, conv: nn.Conv2d) -> Tensor:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from resnet_fused.backends import native
 from resnet_fused.fold import scale_and_shift
+from resnet_fused.ops.schema import is_channels_last
 
 _ops = torch.ops.resnet_fused
 
@@ -126,7 +128,12 @@ class BatchNormActMaxPool(torch.autograd.Function):
             return (None,) * 5
         *normalisation, indices = ctx.saved_tensors
         # The pool's own input is read for its shape only, which is z's.
-        grad_a = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad, normalisation[0], *ctx.options, indices
-        )
+        z = normalisation[0]
+        scatter = torch.ops.aten.max_pool2d_with_indices_backward
+        if native.available and z.is_cpu and is_channels_last(z):
+            # The largest gradient of the network: fresh memory would cost more than the scattering.
+            grad_a = torch.ops.resnet_fused._pool_zeros(z.shape, z.dtype)
+            scatter.grad_input(grad, z, *ctx.options, indices, grad_input=grad_a)
+        else:
+            grad_a = scatter(grad, z, *ctx.options, indices)
         return *ctx.norm.backward(grad_a, *normalisation), None, None
