@@ -10,7 +10,8 @@ from resnet_fused.ops.schema import statistics_dtype
 
 def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     """Whether this module normalises by the batch, as nn.BatchNorm2d.forward decides it."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    buffers = bn._buffers  # nn.Module's getattr is slow, and this runs at every call
+    return bn.training or (buffers["running_mean"] is None and buffers["running_var"] is None)
 
 
 def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:

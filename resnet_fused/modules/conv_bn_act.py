@@ -67,11 +67,13 @@ class ConvBNAct:
             data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
             sound = _sound(data, weight, bias, conv, residual)
             return self._traceable(data, weight, bias, conv, bn, residual) if sound else None
-        (data,) = cast_for_autocast(input.device, input)
+        data = input
+        if torch.is_autocast_enabled("cpu"):
+            (data,) = cast_for_autocast(input.device, input)
         if (
             not data.is_cpu
             or data.layout != torch.strided
-            or (data is input and conv.weight.dtype != data.dtype)
+            or (data is input and conv._parameters["weight"].dtype != data.dtype)  # type: ignore[union-attr]
             or onednn.unusable(data.dtype) is not None
         ):
             return None
