@@ -35,7 +35,7 @@ bench: .venv/.ready
 
 # On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured.
 gpu:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
 		&& $(MAKE) --no-print-directory gpu-run
 

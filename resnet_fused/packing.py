@@ -22,7 +22,6 @@ from resnet_fused.ops.schema import conv_output_size, is_channels_last
 
 T = TypeVar("T")
 
-_EAGER_IS_CONTIGUOUS = "_resnet_fused_eager_is_contiguous"  # on a channels_last output
 _MOST_SHAPES = 8  # input shapes whose reordered weights are remembered for one convolution
 
 
@@ -98,7 +97,6 @@ class _Prepared:
 @dataclass(frozen=True, slots=True)
 class _Packed:
     folded: onednn.Folded
-    channels_last: bool
     prepared: dict[torch.Size, _Prepared | None] = field(default_factory=dict)
 
     def for_shape(self, input: Tensor) -> _Prepared | None:
@@ -142,16 +140,16 @@ class PackedConv(Kept[_Packed]):
         residual: Tensor | None,
         act: str,
         negative_slope: float,
-        *,
-        free_layout: bool,
     ) -> Tensor | None:
         """act(bn(conv(input)) [+ residual]) with fixed statistics, without gradients.
 
-        Computes in channels_last. The output has the layout that eager PyTorch gives, unless
-        `free_layout`: then it stays as it is, and tells its reader what eager's would be. None if
-        the arguments do not fit together, or eager PyTorch would not call oneDNN either.
+        Input or weights are channels_last, and so is the output. None if they are not (oneDNN then
+        copies to a layout of its own and back, which costs more than fusing saves), if the
+        arguments do not fit together, or if eager PyTorch would not call oneDNN either.
         """
         weights = conv._parameters["weight"], conv._parameters["bias"]
+        if not is_channels_last(input) and not is_channels_last(conv.weight):
+            return None
         options = (
             input.dtype, conv.stride, conv.padding, conv.dilation, conv.groups,
             None if bn is None else bn.eps,
@@ -172,7 +170,7 @@ class PackedConv(Kept[_Packed]):
             )
         ):
             return None
-        output = onednn.convolve(
+        return onednn.convolve(
             packed.folded,
             prepared.weight,
             onednn.channels_last(input),
@@ -182,14 +180,6 @@ class PackedConv(Kept[_Packed]):
             output_shape=prepared.output_shape,
             carry_bounds=True,
         )
-        if packed.channels_last or (
-            not hasattr(input, _EAGER_IS_CONTIGUOUS) and is_channels_last(input)
-        ):
-            return output
-        if not free_layout:
-            return onednn.contiguous(output)
-        setattr(output, _EAGER_IS_CONTIGUOUS, True)
-        return output
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:
@@ -211,4 +201,4 @@ def _pack(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Pa
         conv.weight, scale, shift,
         list(conv.stride), padding, list(conv.dilation), conv.groups, dtype=dtype,
     )  # fmt: skip
-    return _Packed(folded, is_channels_last(conv.weight))
+    return _Packed(folded)

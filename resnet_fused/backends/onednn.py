@@ -248,14 +248,15 @@ def conv_bn_act(
     negative_slope: float,
 ) -> Tensor:
     """The operator on a CPU: folds on every call. Modules keep the fold, see packing.py."""
-    if input.numel() == 0 or unusable(input.dtype) or is_small(input, weight, groups):
+    fast = is_channels_last(input) or is_channels_last(weight)
+    if not fast or unusable(input.dtype) or is_small(input, weight, groups):
         z = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
         scale, shift = reference.scale_and_shift_or_identity(z, scale, shift)
         return torch.ops.resnet_fused.scale_shift_act(
             z, scale, shift, residual, act, negative_slope
         )
     folded = fold(weight, scale, shift, stride, padding, dilation, groups, dtype=input.dtype)
-    output = convolve(
+    return convolve(
         folded,
         folded.weight,
         channels_last(input),
@@ -265,7 +266,6 @@ def conv_bn_act(
         output_shape=conv_output_size(input, weight, stride, padding, dilation),
         carry_bounds=False,
     )
-    return output if is_channels_last(input) or is_channels_last(weight) else contiguous(output)
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -278,13 +278,6 @@ def channels_last(tensor: Tensor) -> Tensor:
     # One channel or one pixel: both layouts hold, and the library goes by the strides.
     _, c, h, w = tensor.shape
     return tensor.as_strided(tensor.shape, (c * h * w, 1, c * w, c))
-
-
-def contiguous(tensor: Tensor) -> Tensor:
-    """The same values in the order of the dimensions, in the strides too."""
-    tensor = tensor.contiguous()
-    _, c, h, w = tensor.shape
-    return tensor.as_strided(tensor.shape, (c * h * w, h * w, w, 1))
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

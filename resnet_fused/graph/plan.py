@@ -184,7 +184,7 @@ def _plan_graph(
             steps[name] = MaxPool()
             swallowed.add(str(node.target))
             _call_step(graph, node, name, [node.args[0]], [str(node.target)])
-    _tell_readers(graph, steps)
+    _mark_deferring(graph, steps)
     return _compile(module, graph, steps, swallowed), runs
 
 
@@ -243,16 +243,14 @@ def _takes_deferred(pool: nn.MaxPool2d, node: fx.Node, steps: Mapping[str, objec
     )
 
 
-def _tell_readers(graph: fx.Graph, steps: Mapping[str, object]) -> None:
-    """Tell each step what it may leave to its readers: its layout, or its whole activation."""
+def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
+    """A step whose only reader is a step that computes from it may leave its activation to that."""
     for node in graph.nodes:
         step = steps.get(str(node.target)) if node.op == "call_module" else None
         after = step.after if isinstance(step, ConvBNAct) else step
         if not isinstance(after, BNAct):
             continue
         readers = [steps.get(str(u.target)) if u.op == "call_module" else None for u in node.users]
-        if isinstance(step, ConvBNAct):
-            step.free_layout = all(isinstance(r, ConvBNAct) for r in readers)
         if len(readers) == 1 and isinstance(readers[0], (ConvBNAct, MaxPool)):
             args = next(iter(node.users)).args
             after.defers = args[0] is node and node not in args[1:]

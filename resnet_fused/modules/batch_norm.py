@@ -22,9 +22,8 @@ def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
             f"input: expected {bn.num_features} channels for batch norm, "
             f"got shape {tuple(input.shape)}"
         )
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        vector = getattr(bn, name)
-        if vector is None:
+    for name, vector in (*bn._buffers.items(), *bn._parameters.items()):
+        if vector is None or name == "num_batches_tracked":
             continue
         if vector.shape != (bn.num_features,):
             raise ValueError(

@@ -18,6 +18,7 @@ from resnet_fused.modules.batch_norm import (
 )
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.schema import statistics_dtype
+from resnet_fused.ops.select import native_unusable
 from resnet_fused.packing import Kept, statistics_and_affine
 
 
@@ -36,14 +37,23 @@ class BNAct:
     folded: Kept[tuple[Tensor, Tensor]] = field(default_factory=Kept, compare=False)
 
     def __call__(
-        self, input: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        bn: nn.BatchNorm2d,
+        residual: Tensor | None = None,
+        *,
+        overwrite: bool = False,
     ) -> Tensor | Deferred:
+        """`overwrite` says that nobody else holds `input`, so that it may become the output."""
         check_input(bn, input)
         if not _plain(input) or not _addable(residual, input):
             return self.finish(bn(input), residual)
         options = (self.act, self.negative_slope)
         if not uses_batch_statistics(bn):
             vectors = self._vectors(bn, statistics_dtype(input.dtype))
+            if overwrite and native_unusable(input) is None and not torch.is_grad_enabled():
+                torch.ops.resnet_fused._scale_shift_act_(input, *vectors, residual, *options)
+                return input
             return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
         if (
             self.defers

@@ -32,7 +32,6 @@ class ConvBNAct:
     """
 
     after: BNAct
-    free_layout: bool = False  # every reader is such a step: the output need not be in eager's
     packed: PackedConv = field(default_factory=PackedConv, compare=False)
 
     def __call__(
@@ -49,7 +48,9 @@ class ConvBNAct:
             if output is not None:
                 return output
             z = _convolve(input, conv)
-        return self.after.finish(z, residual) if bn is None else self.after(z, bn, residual)
+        if bn is None:
+            return self.after.finish(z, residual)
+        return self.after(z, bn, residual, overwrite=not torch.compiler.is_compiling())
 
     def _fixed(
         self,
@@ -78,7 +79,7 @@ class ConvBNAct:
         ):
             return None
         options = (self.after.act, self.after.negative_slope)
-        return self.packed(data, conv, bn, residual, *options, free_layout=self.free_layout)
+        return self.packed(data, conv, bn, residual, *options)
 
     def _traceable(
         self,
