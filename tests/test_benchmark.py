@@ -1,4 +1,7 @@
-"""The benchmark: what it measures, what it refuses, and what it writes."""
+"""The benchmark: what it measures, what it refuses, and what it writes.
+
+One file for one package: its cases share the small models and the wrong variants made up here.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ backward.
 
 Every activation, dtype, layout and backend; channels and sizes that are a multiple of nothing;
 fresh memory poisoned with NaN; NaN, infinities and −0.0 as eager has them; statistics that cancel;
-the same bits at every number of threads.
+the same bits at every number of threads. Long because the operators share shapes, dtypes and makers
+of inputs, and are held to the same list.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ fused model.
 
 The faults looked for are those that hurt in practice: a folded weight that outlives its parameter,
 statistics updated twice, a hook that no longer fires, a half-rewritten model after an exception.
+A list of such faults, and as long as that.
 """
 
 from __future__ import annotations

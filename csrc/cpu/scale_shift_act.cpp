@@ -37,19 +37,25 @@ void run(const Tensor& x, const void* residual, const Tensor& scale, const Tenso
                 x.scalar_type(), act);
 }
 
-Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
-                       const std::optional<Tensor>& residual, const std::string& act,
-                       double negative_slope) {
+void checked_run(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                 const std::optional<Tensor>& residual, const std::string& act,
+                 double negative_slope, Tensor& output) {
   const Activation activation = parse_activation(op, act);
-  check_data(op, "input", input);
   if (residual) check_like(op, "residual", *residual, input);
   const MemoryFormat format = suggested_format(input);
   const Tensor x = dense(input, format);
   const Tensor r = residual ? dense(*residual, format) : x;
-  Tensor output = pool_empty(input.sizes(), format, input.scalar_type());
   const auto body = input.scalar_type() == ScalarType::Double ? &run<double> : &run<float>;
   body(x, residual ? r.const_data_ptr() : nullptr, scale, shift, format, activation, negative_slope,
        output);
+}
+
+Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                       const std::optional<Tensor>& residual, const std::string& act,
+                       double negative_slope) {
+  check_data(op, "input", input);
+  Tensor output = pool_empty(input.sizes(), suggested_format(input), input.scalar_type());
+  checked_run(input, scale, shift, residual, act, negative_slope, output);
   return output;
 }
 
@@ -58,15 +64,10 @@ Tensor scale_shift_act(const Tensor& input, const Tensor& scale, const Tensor& s
 void scale_shift_act_(Tensor input, const Tensor& scale, const Tensor& shift,
                       const std::optional<Tensor>& residual, const std::string& act,
                       double negative_slope) {
-  const Activation activation = parse_activation(op, act);
   check_data(op, "input", input);
-  if (residual) check_like(op, "residual", *residual, input);
-  const MemoryFormat format = suggested_format(input);
-  check(is_dense(input, format), op, ": input must be dense to be overwritten");
-  const Tensor r = residual ? dense(*residual, format) : input;
-  const auto body = input.scalar_type() == ScalarType::Double ? &run<double> : &run<float>;
-  body(input, residual ? r.const_data_ptr() : nullptr, scale, shift, format, activation,
-       negative_slope, input);
+  check(is_dense(input, suggested_format(input)), op,
+        ": input must be dense to be overwritten, got shape ", shape_text(input.sizes()));
+  checked_run(input, scale, shift, residual, act, negative_slope, input);
 }
 
 }  // namespace

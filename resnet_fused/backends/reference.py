@@ -97,15 +97,26 @@ def bn_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = act((input − mean) / √(var + eps) · weight + bias [+ residual]), and mean, var."""
     mean, var = batch_statistics(input)
-    dtype = statistics_dtype(input.dtype)
-    y = (input.to(dtype) - per_channel(mean, input)) * per_channel((var + eps).rsqrt(), input)
+    xhat = normalised(input, mean, (var + eps).rsqrt())
+    y = activation(act, negative_slope)(affine_and_add(xhat, weight, bias, residual))
+    return y.to(input.dtype), mean, var
+
+
+def normalised(input: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """(input − mean) · rstd in the statistics' dtype."""
+    return (input.to(mean.dtype) - per_channel(mean, input)) * per_channel(rstd, input)
+
+
+def affine_and_add(
+    xhat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """xhat · weight + bias [+ residual]: the activation's argument."""
+    y = xhat
     if weight is not None:
-        y = y * per_channel(weight, input)
+        y = y * per_channel(weight, xhat)
     if bias is not None:
-        y = y + per_channel(bias, input)
-    if residual is not None:
-        y = y + residual.to(dtype)
-    return activation(act, negative_slope)(y).to(input.dtype), mean, var
+        y = y + per_channel(bias, xhat)
+    return y if residual is None else y + residual.to(xhat.dtype)
 
 
 def activation_backward(
@@ -150,18 +161,11 @@ def bn_act_backward(
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`bn_act` by input, residual (empty without one), weight and bias."""
-    dtype = statistics_dtype(input.dtype)
     dims = [d for d in range(input.dim()) if d != 1]
     rstd = (var + eps).rsqrt()
-    xhat = (input.to(dtype) - per_channel(mean, input)) * per_channel(rstd, input)
-    argument = xhat
-    if weight is not None:
-        argument = argument * per_channel(weight, input)
-    if bias is not None:
-        argument = argument + per_channel(bias, input)
-    if residual is not None:
-        argument = argument + residual.to(dtype)
-    grad = activation_backward(grad_output.to(dtype), argument, output, act, negative_slope)
+    xhat = normalised(input, mean, rstd)
+    argument = affine_and_add(xhat, weight, bias, residual)
+    grad = activation_backward(grad_output.to(xhat.dtype), argument, output, act, negative_slope)
     grad_bias = grad.sum(dims)
     grad_weight = (grad * xhat).sum(dims)
     count = max(input.numel() // max(input.shape[1], 1), 1)

@@ -53,6 +53,8 @@ class BNAct:
             vectors = self._vectors(bn, statistics_dtype(input.dtype))
             if overwrite and native_unusable(input) is None and not torch.is_grad_enabled():
                 torch.ops.resnet_fused._scale_shift_act_(input, *vectors, residual, *options)
+                if not input.is_inference():
+                    torch.autograd.graph.increment_version(input)  # compiled operators don't
                 return input
             return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
         if (
