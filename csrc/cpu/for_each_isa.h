@@ -19,11 +19,13 @@
 #endif
 
 #define RESNET_FUSED_F16C 0
+#define RESNET_FUSED_VECTOR_BYTES 16
 namespace resnet_fused::baseline {
 #include "simd.h"
 #include KERNEL_HEADER
 }  // namespace resnet_fused::baseline
 #undef RESNET_FUSED_F16C
+#undef RESNET_FUSED_VECTOR_BYTES
 
 #if RESNET_FUSED_X86
 #define RESNET_FUSED_F16C 1
@@ -34,10 +36,12 @@ namespace resnet_fused::baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#define RESNET_FUSED_VECTOR_BYTES 32
 namespace resnet_fused::avx2 {
 #include "simd.h"
 #include KERNEL_HEADER
 }  // namespace resnet_fused::avx2
+#undef RESNET_FUSED_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -52,6 +56,7 @@ namespace resnet_fused::avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
+#define RESNET_FUSED_VECTOR_BYTES 64
 namespace resnet_fused::avx512 {
 #include "simd.h"
 #include KERNEL_HEADER
@@ -63,5 +68,6 @@ namespace resnet_fused::avx512 {
 #endif
 
 #undef RESNET_FUSED_F16C
+#undef RESNET_FUSED_VECTOR_BYTES
 #endif  // RESNET_FUSED_X86
 #undef KERNEL_HEADER

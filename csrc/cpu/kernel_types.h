@@ -19,4 +19,7 @@ struct f16 {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Columns of a packed panel of weights.
+constexpr int kPanel = 32;
+
 }  // namespace resnet_fused

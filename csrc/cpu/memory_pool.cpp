@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "workspace.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -187,6 +188,16 @@ Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef str
 Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType dtype) {
   const std::vector<int64_t> strides = dense_strides(sizes, format);
   return pool_empty_strided(sizes, IntHeaderOnlyArrayRef(strides.data(), strides.size()), dtype);
+}
+
+Workspace::Workspace(size_t floats) {
+  const Block block = pool().allocate(floats * sizeof(float));
+  data_ = reinterpret_cast<float*>(block.data);
+  bytes_ = block.bytes;
+}
+
+Workspace::~Workspace() {
+  pool().free({reinterpret_cast<char*>(data_), bytes_});
 }
 
 void pool_release() {

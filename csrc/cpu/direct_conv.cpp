@@ -1,0 +1,145 @@
+// Convolution of any kernel, stride, padding and dilation as matrix products over taps.
+//
+//     y[p][k] = act(sum_taps sum_c x[p * stride + tap][c] w[k][c][tap] * scale[k] + shift[k] [+ r])
+//
+// No im2col: a tile of 14 output pixels keeps its sums in registers over all taps and channels, and
+// its pixels are read where they lie. Only where they cannot be (padding, NCHW input, channel counts
+// whose strides fall into the same cache sets) the input rows of a unit of work are copied to a
+// band, once for all taps and output channels. Bytes: x, the residual and y once, eager twice more.
+// Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures",
+// arXiv:1808.05567.
+
+#include "direct_conv.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "isa.h"
+#include "workspace.h"
+
+#define KERNEL_HEADER "direct_conv_kernel.h"
+#include "for_each_isa.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int64_t kBandFloats = 64 << 10;  // 256 KiB, a quarter of a common L2
+
+// All images as one row of pixels, where a 1 x 1 kernel leaves pixels as they are.
+void flatten(ConvArguments& conv, int64_t* strides) {
+  ConvShape& s = conv.shape;
+  const bool pointwise = s.kernel[0] == 1 && s.kernel[1] == 1 && s.stride[0] == 1 &&
+                         s.stride[1] == 1 && s.padding[0] == 0 && s.padding[1] == 0;
+  if (!pointwise || strides[1] != 1 || strides[2] != s.width * strides[3] ||
+      strides[0] != s.height * strides[2]) {
+    return;
+  }
+  s.width = s.out_width = s.batch * s.height * s.width;
+  s.batch = s.height = s.out_height = 1;
+}
+
+DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
+  DirectTask task{};
+  task.conv = arguments;
+  std::copy(input_strides, input_strides + 4, task.input_strides);
+  flatten(task.conv, task.input_strides);
+  const ConvShape& s = task.conv.shape;
+  const int64_t channels = s.group_channels();
+  const bool single_tap = s.kernel[0] == 1 && s.kernel[1] == 1;
+  const bool padded = s.padding[0] > 0 || s.padding[1] > 0;
+  // 14 rows that are a multiple of 2 KiB apart share two or fewer of an L1's 64 sets of 8 lines.
+  const bool collides = s.stride[1] * task.input_strides[3] % 512 == 0;
+  task.copies = padded || !single_tap || task.input_strides[1] != 1 || collides;
+  const bool joined = channels < 16 && s.dilation[1] == 1;  // the taps of a kernel row in one run
+  task.band_channels = joined ? channels : (channels + 15) / 16 * 16 + 16;
+  task.depth = joined ? s.kernel[1] * channels : channels;
+  return task;
+}
+
+}  // namespace
+
+size_t direct_packed_size(int64_t out_channels, int64_t group_channels, int64_t taps,
+                          int64_t groups) {
+  const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
+  return static_cast<size_t>(groups * panels * taps * group_channels * kPanel);
+}
+
+void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
+                 int64_t groups, float* packed) {
+  const int64_t outputs = out_channels / groups, panels = (outputs + kPanel - 1) / kPanel;
+  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index % panels * kPanel, group = index / panels;
+      float* const to = packed + index * taps * channels * kPanel;
+      for (int64_t n = 0; n < kPanel; ++n) {
+        const double* w = weight + (group * outputs + first + n) * channels * taps;
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t t = 0; t < taps; ++t) {
+            to[(t * channels + c) * kPanel + n] =
+                first + n < outputs ? static_cast<float>(w[c * taps + t]) : 0.0f;
+          }
+        }
+      }
+    }
+  });
+}
+
+void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
+  DirectTask task = plan(arguments, input_strides);
+  const ConvShape& s = task.conv.shape;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+
+  const char* eb = std::getenv("DIRECT_PIXELS");
+  const char* es = std::getenv("DIRECT_SPLIT");
+  const int64_t per_pixel = (task.copies ? task.band_channels : s.group_channels()) *
+                            (s.stride[0] / task.step(0)) * (s.stride[1] / task.step(1));
+  const int64_t packed = task.panels() * kPanel * s.group_channels() * s.kernel[0] * s.kernel[1];
+  int64_t unit = std::max<int64_t>(28, kBandFloats / per_pixel);
+  if (packed <= kBandFloats) unit = std::min<int64_t>(unit, 56);
+  if (eb) unit = std::atoi(eb);
+  bool split = pixels <= 512 && task.panels() >= threads;
+  if (es) split = std::atoi(es);
+  const int64_t splits = split ? std::min(threads, task.panels()) : 1;
+  if (s.out_height == 1) {
+    task.unit_height = 1;
+    // Equal shares of whole tiles for all threads.
+    const int64_t rounds = (pixels + unit * threads - 1) / (unit * threads);
+    const int64_t parts = split ? (pixels + unit - 1) / unit : rounds * threads;
+    task.unit_width = (pixels + parts - 1) / parts;
+    task.unit_width = std::min(s.out_width, (task.unit_width + 13) / 14 * 14);
+  } else {
+    task.unit_width = s.out_width;
+    task.unit_height = std::min(s.out_height, std::max<int64_t>(1, unit / s.out_width));
+  }
+  const int64_t width = task.copies ? task.band_size(1, task.unit_width) : 0;
+  for (int64_t r = 0; r < s.kernel[0]; ++r) {
+    for (int64_t c = 0; c < (task.depth > s.group_channels() || s.kernel[1] == 1 ? 1 : s.kernel[1]); ++c) {
+      task.segments.push_back((r * s.dilation[0] * width + c * s.dilation[1]) * task.band_channels);
+    }
+  }
+  const int64_t units = s.groups * splits * task.units();
+  const int64_t workers = std::min(threads, units);
+  const int64_t most_runs = task.unit_height * (task.unit_width / 3 + 1);
+  const int64_t run_floats = most_runs * static_cast<int64_t>(sizeof(PixelRun) / sizeof(float));
+  const int64_t each = (task.band() + run_floats + 1023) / 1024 * 1024;
+  const Workspace workspace(static_cast<size_t>(workers * each));
+  const DirectKernel kernel = RESNET_FUSED_CALL(direct_kernel_address);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      float* const own = workspace.data() + worker * each;
+      PixelRun* const runs = reinterpret_cast<PixelRun*>(own);
+      const int64_t end = units * (worker + 1) / workers;
+      for (int64_t index = units * worker / workers; index < end; ++index) {
+        const int64_t part = index / task.units() % splits;
+        kernel(task, index % task.units(), index / task.units() / splits,
+               task.panels() * part / splits, task.panels() * (part + 1) / splits, own + run_floats,
+               runs);
+      }
+    }
+  });
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,60 @@
+// Direct convolution: what the launcher and the kernels agree on (direct_conv.cpp says the rest).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "conv.h"
+#include "kernel_types.h"
+
+namespace resnet_fused {
+
+// Equally spaced pixels of one output row, as many as half a tile of the GEMM kernel.
+struct PixelRun {
+  int64_t input;  // offset of its first row of A, in floats
+  int64_t pixel;  // its first output pixel
+  int64_t length;
+};
+
+struct DirectTask {
+  ConvArguments conv;
+  int64_t input_strides[4];  // of (N, C, H, W), in floats
+  bool copies;               // the input is read through a band in the workspace
+  int64_t band_channels;     // floats from pixel to pixel of the band, of one group
+  int64_t unit_height;       // output rows and pixels of a unit of work
+  int64_t unit_width;
+  std::vector<int64_t> segments;  // where the taps lie, relative to the first one
+  int64_t depth;                  // floats in a row, from each segment
+
+  int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
+  // A 1 x 1 kernel copies only the pixels it reads.
+  int64_t step(int i) const { return conv.shape.kernel[i] == 1 ? conv.shape.stride[i] : 1; }
+  int64_t band_size(int i, int64_t outputs) const {
+    const ConvShape& s = conv.shape;
+    return (outputs - 1) * (s.stride[i] / step(i)) + (s.kernel[i] - 1) * s.dilation[i] + 1;
+  }
+  int64_t band() const {
+    if (!copies) return 0;
+    return band_size(0, unit_height) * band_size(1, unit_width) * band_channels;
+  }
+  int64_t units_down() const {
+    return (conv.shape.out_height + unit_height - 1) / unit_height;
+  }
+  int64_t units_across() const { return (conv.shape.out_width + unit_width - 1) / unit_width; }
+  int64_t units() const { return conv.shape.batch * units_down() * units_across(); }
+};
+
+// One unit of work, panels [begin, end) of one group; `band` holds task.band() floats and `runs`
+// unit_height * (unit_width / 3 + 1) runs.
+using DirectKernel = void (*)(const DirectTask& task, int64_t unit, int64_t group, int64_t begin,
+                              int64_t end, float* band, PixelRun* runs);
+
+// Packed weights: [group][panel of 32 outputs][tap][channel][32].
+size_t direct_packed_size(int64_t out_channels, int64_t group_channels, int64_t taps,
+                          int64_t groups);
+void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
+                 int64_t groups, float* packed);
+void direct_run(const ConvArguments& conv, const int64_t* input_strides);
+
+}  // namespace resnet_fused

@@ -1,0 +1,195 @@
+// One unit of work: its input copied to a band if need be, then tiles of 14 pixels x 32 channels.
+// Included inside the namespace of one instruction set (for_each_isa.h).
+
+#include "gemm_kernel.h"
+
+struct Place {
+  int64_t image, y, x;  // first output row and pixel
+  int64_t height, width;
+};
+
+inline Place unit_place(const DirectTask& task, int64_t unit) {
+  const int64_t across = task.units_across(), down = task.units_down();
+  const int64_t y = unit / across % down * task.unit_height, x = unit % across * task.unit_width;
+  const int64_t below = task.conv.shape.out_height - y, beside = task.conv.shape.out_width - x;
+  return {unit / across / down, y, x, below < task.unit_height ? below : task.unit_height,
+          beside < task.unit_width ? beside : task.unit_width};
+}
+
+inline void copy_pixel(const float* __restrict from, int64_t stride, int64_t channels,
+                       float* __restrict to) {
+  if (stride == 1) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(to + c, load(from + c));
+    for (; c < channels; ++c) to[c] = from[c];
+  } else {
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c * stride];
+  }
+}
+
+inline void copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
+  const ConvShape& shape = task.conv.shape;
+  const int64_t channels = shape.group_channels();
+  const int64_t height = task.band_size(0, place.height), width = task.band_size(1, place.width);
+  const int64_t* stride = task.input_strides;
+  const float* image = task.conv.input + place.image * stride[0] + group * channels * stride[1];
+  for (int64_t i = 0; i < height; ++i) {
+    const int64_t y = place.y * shape.stride[0] - shape.padding[0] + i * task.step(0);
+    float* row = band + i * width * task.band_channels;
+    if (y < 0 || y >= shape.height) {
+      for (int64_t n = 0; n < width * task.band_channels; ++n) row[n] = 0.0f;
+      continue;
+    }
+    const int64_t left = place.x * shape.stride[1] - shape.padding[1];
+    if (stride[1] == 1 && task.band_channels == channels && stride[3] == channels &&
+        task.step(1) == 1) {
+      // The pixels lie side by side here and there.
+      const int64_t before = left < 0 ? (-left < width ? -left : width) : 0;
+      const int64_t inside = shape.width - left < width ? shape.width - left : width;
+      for (int64_t n = 0; n < before * channels; ++n) row[n] = 0.0f;
+      if (inside > before) {
+        copy_pixel(image + y * stride[2] + (left + before) * channels, 1,
+                   (inside - before) * channels, row + before * channels);
+      }
+      for (int64_t n = (inside > before ? inside : before) * channels; n < width * channels; ++n) {
+        row[n] = 0.0f;
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t x = left + j * task.step(1);
+      float* to = row + j * task.band_channels;
+      if (x < 0 || x >= shape.width) {
+        for (int64_t c = 0; c < channels; ++c) to[c] = 0.0f;
+      } else {
+        copy_pixel(image + y * stride[2] + x * stride[3], stride[1], channels, to);
+      }
+    }
+  }
+}
+
+// Distance in A from one output pixel to the next, and to the next output row.
+DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
+  const int64_t stride = task.conv.shape.stride[1];
+  return task.copies ? stride / task.step(1) * task.band_channels : stride * task.input_strides[3];
+}
+
+inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group,
+                        PixelRun* runs) {
+  const ConvShape& shape = task.conv.shape;
+  const int64_t* stride = task.input_strides;
+  const int64_t row_stride =
+      task.copies ? shape.stride[0] / task.step(0) * task.band_size(1, place.width) *
+                        task.band_channels
+                  : shape.stride[0] * stride[2];
+  const int64_t start = task.copies
+                            ? 0
+                            : place.image * stride[0] + group * shape.group_channels() +
+                                  place.y * row_stride + place.x * pixel_stride(task);
+  int64_t count = 0;
+  for (int64_t i = 0; i < place.height; ++i) {
+    const int64_t pixel =
+        (place.image * shape.out_height + place.y + i) * shape.out_width + place.x;
+    for (int64_t j = 0; j < place.width; j += kHalf) {
+      const int64_t left = place.width - j;
+      runs[count++] = {start + i * row_stride + j * pixel_stride(task), pixel + j,
+                       left < kHalf ? left : kHalf};
+    }
+  }
+  return count;
+}
+
+struct DirectTile {
+  const float* a;
+  PixelRun first, second;  // the second may be empty
+  int64_t pixel_stride;
+  const int64_t* segments;
+  int64_t segment_count, depth;
+  const float* b;
+  int64_t out_channels;
+};
+
+template <int kRows>
+void multiply_tile(const DirectTile& tile, const Finish& finish) {
+  const bool direct = in_registers(finish);
+  float memory[kRows][kPanel];
+  const auto offset = [&](int r) {
+    return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) *
+           tile.out_channels;
+  };
+  for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
+    Vector sums[kRows][2] = {};
+    const float* b = tile.b + column;
+    for (int64_t s = 0; s < tile.segment_count; ++s) {
+      const float* a = tile.a + tile.segments[s];
+      gemm_add<kRows>(sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b,
+                      tile.depth);
+      b += tile.depth * kPanel;
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < 2; ++v) {
+        if (direct) {
+          finish_vector(finish, offset(r), column + v * kLanes, sums[r][v]);
+        } else {
+          store(memory[r] + column + v * kLanes, sums[r][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows && !direct; ++r) finish_row(finish, offset(r), memory[r]);
+}
+
+template <int... kRows>
+struct DirectTable {
+  static constexpr decltype(&multiply_tile<1>) kByRows[] = {multiply_tile<kRows>...};
+};
+#if RESNET_FUSED_VECTOR_BYTES == 64
+using Directs = DirectTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
+#else
+using Directs = DirectTable<1, 2, 3, 4, 5, 6>;
+#endif
+
+inline void direct_kernel(const DirectTask& task, int64_t unit, int64_t group, int64_t begin,
+                          int64_t end, float* band, PixelRun* runs) {
+  const ConvShape& shape = task.conv.shape;
+  const Place place = unit_place(task, unit);
+  if (task.copies) copy_band(task, place, group, band);
+  const int64_t count = cut_runs(task, place, group, runs);
+  const int64_t outputs = shape.group_out_channels();
+  const int64_t segments = static_cast<int64_t>(task.segments.size());
+  const int64_t panel_size = segments * task.depth * kPanel;
+  DirectTile tile{task.copies ? band : task.conv.input,
+                  {},
+                  {},
+                  pixel_stride(task),
+                  task.segments.data(),
+                  segments,
+                  task.depth,
+                  nullptr,
+                  shape.out_channels};
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t channel = group * outputs + panel * kPanel;
+    const int64_t left = outputs - panel * kPanel;
+    const Finish finish{task.conv.shift + channel,
+                        task.conv.residual == nullptr ? nullptr : task.conv.residual + channel,
+                        task.conv.output + channel,
+                        left < kPanel ? left : kPanel,
+                        task.conv.act,
+                        task.conv.negative_slope};
+    tile.b = task.conv.packed + (group * task.panels() + panel) * panel_size;
+    for (int64_t i = 0; i < count;) {
+      tile.first = tile.second = runs[i++];
+      int64_t rows = tile.first.length;
+      if (rows == kHalf && i < count) {
+        tile.second = runs[i++];
+        rows += tile.second.length;
+      }
+      Directs::kByRows[rows - 1](tile, finish);
+    }
+  }
+}
+
+inline DirectKernel direct_kernel_address() {
+  return direct_kernel;
+}

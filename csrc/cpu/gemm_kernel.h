@@ -1,0 +1,60 @@
+// C = A B for a few rows and 32 columns, the sums in registers: 14 rows x 32 columns fill 28 of
+// AVX-512's 32 registers and reach its multiply-add peak (Goto, van de Geijn, "Anatomy of
+// High-Performance Matrix Multiplication", 2008).
+//
+// A is read in place, as two halves of equally spaced rows, so that a tile may span two image rows
+// and still needs few address registers. B is packed as [depth][32].
+// Included inside the namespace of one instruction set (for_each_isa.h).
+
+#include "vectors.h"
+#include "finish.h"
+
+constexpr int kHalf = kLanes == 16 ? 7 : 3;
+constexpr int kGemmRows = 2 * kHalf;
+constexpr int kTileColumnsInRegisters = 2 * kLanes;
+
+struct GemmRows {
+  const float* first;   // row 0
+  const float* second;  // row kHalf
+  int64_t row_stride;
+  int64_t chunk_stride;  // from 16 columns of A to the next 16
+};
+
+template <int kRows>
+DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const float* b,
+                            int64_t depth) {
+  const float* first = a.first;
+  const float* second = a.second;
+  for (int64_t chunk = 0; chunk < depth; chunk += 16) {
+    const int64_t length = depth - chunk < 16 ? depth - chunk : 16;
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < length; ++k) {
+      const Vector b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 14
+      for (int r = 0; r < kRows; ++r) {
+        const float* row =
+            r < kHalf ? first + r * a.row_stride : second + (r - kHalf) * a.row_stride;
+        const Vector value = all(row[k]);
+        sums[r][0] += value * b0;
+        sums[r][1] += value * b1;
+      }
+      b += kPanel;
+    }
+    first += a.chunk_stride;
+    second += a.chunk_stride;
+  }
+}
+
+// c[row][32] = A B
+template <int kRows>
+void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, float* c) {
+  for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
+    Vector sums[kRows][2] = {};
+    gemm_add<kRows>(sums, a, b + column, depth);
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r) {
+      store(c + r * kPanel + column, sums[r][0]);
+      store(c + r * kPanel + column + kLanes, sums[r][1]);
+    }
+  }
+}

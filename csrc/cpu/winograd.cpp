@@ -1,0 +1,124 @@
+// 3 x 3 convolution with stride 1 as Winograd's F(4 x 4, 3 x 3) or F(2 x 2, 3 x 3).
+//
+//     y = act(A^T [sum_c U (.) (B^T d B)] A + shift [+ residual]),  U = G (w * scale) G^T
+//
+// 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct convolution runs
+// at the FMA peak already, so this is the way past it. Tiles are cut by the image: 14 x 14 takes 484
+// products an image and not 576, 7 x 7 takes 121 and not 144 (winograd_transform.h).
+//
+// Per block of tiles: their inputs are transformed to [point][channel / 16][tile][16]; then for each
+// panel of 32 output channels 36 small matrix products run over weights that lie in the order of
+// access, and their results are transformed, finished and written. Nothing but x, the residual and y
+// leaves the caches. Lavin, Gray: "Fast Algorithms for Convolutional Neural Networks",
+// arXiv:1509.09308; Barabasz et al. on the points, arXiv:1803.10986.
+//
+// Every output is one sum over channels in one order, whatever the block and the thread count, so
+// results are the same bit for bit.
+
+#include "winograd.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "workspace.h"
+
+#define KERNEL_HEADER "winograd_kernel.h"
+#include "for_each_isa.h"
+
+namespace resnet_fused {
+namespace {
+
+// U_p = g(p) = g[0] + g[1] p + g[2] p^2, and g[2] at infinity.
+constexpr double kPoints4[6][3] = {{1, 0, 0},           {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
+                                   {1, 1.5, 2.25}, {1, -1.5, 2.25},   {0, 0, 1}};
+constexpr double kPoints2[4][3] = {
+    {1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
+
+}  // namespace
+
+size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_t groups,
+                            int64_t largest) {
+  const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
+  return static_cast<size_t>(groups * panels * (largest + 2) * (largest + 2) * group_channels *
+                             kPanel);
+}
+
+void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
+                   int64_t largest, float* packed) {
+  const auto* const g = largest == 4 ? kPoints4 : kPoints2;
+  const int64_t along = largest + 2, outputs = out_channels / groups;
+  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t group = index / panels, first = index % panels * kPanel;
+      float* const to = packed + index * along * along * channels * kPanel;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t n = 0; n < kPanel; ++n) {
+          double half[6][3] = {};
+          const bool inside = first + n < outputs;
+          const double* w = weight + ((group * outputs + first + n) * channels + c) * 9;
+          for (int64_t p = 0; inside && p < along; ++p) {
+            for (int64_t s = 0; s < 3; ++s) {
+              half[p][s] = g[p][0] * w[s] + g[p][1] * w[3 + s] + g[p][2] * w[6 + s];
+            }
+          }
+          for (int64_t p = 0; p < along; ++p) {
+            for (int64_t q = 0; q < along; ++q) {
+              const double u = half[p][0] * g[q][0] + half[p][1] * g[q][1] + half[p][2] * g[q][2];
+              to[((p * along + q) * channels + c) * kPanel + n] = static_cast<float>(u);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+void winograd_run(const ConvArguments& conv, const float* weight, const int64_t* weight_strides,
+                  const float* scale, int64_t largest) {
+  WinogradTask task{conv, weight, {}, scale, largest, 0};
+  std::copy(weight_strides, weight_strides + 4, task.weight_strides);
+  const ConvShape& shape = conv.shape;
+  const int64_t tiles = shape.batch * WinogradTiles{shape.out_height, largest}.count() *
+                        WinogradTiles{shape.out_width, largest}.count();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t channels = shape.group_channels();
+
+  const char* eb = std::getenv("WINO_BLOCK");
+  const char* es = std::getenv("WINO_SPLIT");
+  int64_t most = eb ? std::atoi(eb) : 28;
+  bool split = es ? std::atoi(es) : channels >= 256;
+  most = std::min<int64_t>(most, kWinogradLargestBlock);
+  const int64_t by_thread = split ? tiles : (tiles + threads - 1) / threads;
+  const int64_t blocks_each = (by_thread + most - 1) / most;
+  task.block = (by_thread + blocks_each - 1) / blocks_each;
+  const int64_t blocks = (tiles + task.block - 1) / task.block;
+  const int64_t splits = split ? std::min(threads, task.panels()) : 1;
+  const int64_t units = shape.groups * splits * blocks;
+  const int64_t workers = std::min(threads, units);
+  const int64_t each = (task.workspace() + 1023) / 1024 * 1024;
+
+  const Workspace workspace(static_cast<size_t>(workers * each + shape.channels));
+  float* const zeros = workspace.data() + workers * each;
+  std::fill(zeros, zeros + shape.channels, 0.0f);
+  const WinogradKernel kernel = RESNET_FUSED_CALL(winograd_kernel_address);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      const int64_t end = units * (worker + 1) / workers;
+      for (int64_t unit = units * worker / workers; unit < end; ++unit) {
+        const int64_t block = unit % blocks, part = unit / blocks % splits;
+        const int64_t group = unit / blocks / splits;
+        const int64_t start = block * task.block;
+        kernel(task, start, std::min(task.block, tiles - start), group,
+               task.panels() * part / splits, task.panels() * (part + 1) / splits,
+               workspace.data() + worker * each, zeros);
+      }
+    }
+  });
+}
+
+}  // namespace resnet_fused

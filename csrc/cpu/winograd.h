@@ -1,0 +1,71 @@
+// Winograd convolution: what the launcher and the kernels agree on (winograd.cpp says the rest).
+#pragma once
+
+#include <cstdint>
+
+#include "conv.h"
+#include "kernel_types.h"
+
+namespace resnet_fused {
+
+// How one dimension of the output is cut into tiles of `largest` outputs, the last one or two
+// smaller: 7 = 4 + 3, 14 = 4 + 4 + 4 + 2, 5 = 3 + 2. A single pixel is a tile of 2 that hangs over.
+struct WinogradTiles {
+  int64_t length;
+  int64_t largest;  // 4 or 2
+
+  int64_t count() const { return (length + largest - 1) / largest + (splits() ? 1 : 0); }
+  int64_t start(int64_t tile) const {
+    return splits() && tile == count() - 1 ? length - 2 : tile * largest;
+  }
+  int64_t size(int64_t tile) const {
+    if (largest == 2) return 2;
+    if (splits() && tile >= count() - 2) return tile == count() - 1 ? 2 : 3;
+    const int64_t left = length - tile * 4;
+    return left >= 4 ? 4 : left < 2 ? 2 : left;
+  }
+
+ private:
+  // 4a + 1 = 4(a - 1) + 3 + 2: as many points as with a tile of one output, none of it special.
+  bool splits() const { return largest == 4 && length % 4 == 1 && length > 1; }
+};
+
+constexpr int64_t kWinogradMostPoints = 36;
+constexpr int64_t kWinogradLargestBlock = 64;
+
+struct WinogradTask {
+  ConvArguments conv;
+  const float* weight;  // [out_channels][channels / groups][3][3], not transformed
+  int64_t weight_strides[4];
+  const float* scale;  // [out_channels], or null
+  int64_t largest;     // outputs along one side of a tile
+  int64_t block;       // tiles transformed and multiplied together, kWinogradLargestBlock at most
+
+  int64_t points_along() const { return largest + 2; }
+  int64_t points() const { return points_along() * points_along(); }
+  int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
+  // Floats from one point's matrix to the next; 64 bytes more than it takes, so that the same rows
+  // of all points do not fall into the same cache sets.
+  int64_t input_slice() const {
+    return (conv.shape.group_channels() + 15) / 16 * 16 * block + 16;
+  }
+  int64_t product_slice() const { return kPanel * block + 16; }
+  int64_t workspace() const { return points() * (input_slice() + product_slice()); }
+};
+
+// Tiles [first, first + count) of all images, panels [begin, end) of one group. `workspace` is 64
+// byte aligned; `zeros` has as many of them as the input has channels.
+using WinogradKernel = void (*)(const WinogradTask& task, int64_t first, int64_t count,
+                                int64_t group, int64_t begin, int64_t end, float* workspace,
+                                const float* zeros);
+
+// Packed weights: [group][panel of 32 outputs][point][channel][32].
+size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_t groups,
+                            int64_t largest);
+// `weight` is [out_channels][channels][3][3], `channels` those of one group.
+void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
+                   int64_t largest, float* packed);
+void winograd_run(const ConvArguments& conv, const float* weight, const int64_t* weight_strides,
+                  const float* scale, int64_t largest);
+
+}  // namespace resnet_fused

@@ -1,0 +1,82 @@
+// One-dimensional Winograd transforms (Toom-Cook) for a kernel of three taps.
+//
+//     y[i] = sum_k d[i + k] g[k] = sum_p p^i U_p V_p,  U_p = g[0] + g[1] p + g[2] p^2,
+//
+// over the points 0, a, -a, b, -b and infinity, where U = g[2] and only the last y reads it. With
+// a = 3/4, b = 3/2 the error is half of that of the textbook's 1 and 2 (Alam et al., "Winograd
+// Convolution for Deep Neural Networks: Efficient Point Selection", 2022). The normalisation that
+// usually goes into U is in V, so that tiles with fewer outputs use a subset of the same U:
+//
+//     outputs  inputs  points
+//        4       6     0  a -a  b -b  inf
+//        3       5     0  a -a  b     inf
+//        2       4     0  a -a        inf
+//
+// Row p of V's matrix has the coefficients of prod_{q != p} (x - q) / (p - q); row inf those of
+// prod_q (x - q). Included inside the namespace of one instruction set (for_each_isa.h).
+
+template <int kOutputs>
+struct Transform;
+
+template <>
+struct Transform<4> {
+  DEVICE_INLINE static void input(const Vector (&d)[6], Vector (&v)[6]) {
+    constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
+    constexpr float na = 1 / (2 * aa * (aa - bb)), nb = 1 / (2 * bb * (bb - aa));
+    v[0] = d[0] - d[2] * ((aa + bb) / (aa * bb)) + d[4] * (1 / (aa * bb));
+    const Vector even_a = d[4] * na - d[2] * (bb * na), odd_a = d[3] * (a * na) - d[1] * (a * bb * na);
+    v[1] = even_a + odd_a;
+    v[2] = even_a - odd_a;
+    const Vector even_b = d[4] * nb - d[2] * (aa * nb), odd_b = d[3] * (b * nb) - d[1] * (b * aa * nb);
+    v[3] = even_b + odd_b;
+    v[4] = even_b - odd_b;
+    v[5] = d[5] - d[3] * (aa + bb) + d[1] * (aa * bb);
+  }
+  DEVICE_INLINE static void output(const Vector (&m)[6], Vector (&y)[4]) {
+    constexpr float a = 0.75f, b = 1.5f;
+    const Vector even_a = m[1] + m[2], odd_a = m[1] - m[2];
+    const Vector even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = m[0] + even_a + even_b;
+    y[1] = odd_a * a + odd_b * b;
+    y[2] = even_a * (a * a) + even_b * (b * b);
+    y[3] = odd_a * (a * a * a) + odd_b * (b * b * b) + m[5];
+  }
+};
+
+template <>
+struct Transform<3> {
+  DEVICE_INLINE static void input(const Vector (&d)[5], Vector (&v)[5]) {
+    constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
+    constexpr float np = 1 / (2 * aa * (a - b)), nn = -1 / (2 * aa * (a + b));
+    constexpr float nb = 1 / (b * (bb - aa));
+    v[0] = d[0] - d[1] * (1 / b) - d[2] * (1 / aa) + d[3] * (1 / (aa * b));
+    v[1] = d[3] * np + d[2] * ((a - b) * np) - d[1] * (a * b * np);
+    v[2] = d[3] * nn - d[2] * ((a + b) * nn) + d[1] * (a * b * nn);
+    v[3] = d[3] * nb - d[1] * (aa * nb);
+    v[4] = d[4] - d[3] * b - d[2] * aa + d[1] * (aa * b);
+  }
+  DEVICE_INLINE static void output(const Vector (&m)[5], Vector (&y)[3]) {
+    constexpr float a = 0.75f, b = 1.5f;
+    const Vector even = m[1] + m[2], odd = m[1] - m[2];
+    y[0] = m[0] + even + m[3];
+    y[1] = odd * a + m[3] * b;
+    y[2] = even * (a * a) + m[3] * (b * b) + m[4];
+  }
+};
+
+template <>
+struct Transform<2> {
+  DEVICE_INLINE static void input(const Vector (&d)[4], Vector (&v)[4]) {
+    constexpr float a = 0.75f, n = 1 / (2 * a * a);
+    v[0] = d[0] - d[2] * (1 / (a * a));
+    const Vector even = d[2] * n, odd = d[1] * (a * n);
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = d[3] - d[1] * (a * a);
+  }
+  DEVICE_INLINE static void output(const Vector (&m)[4], Vector (&y)[2]) {
+    constexpr float a = 0.75f;
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = (m[1] - m[2]) * a + m[3];
+  }
+};

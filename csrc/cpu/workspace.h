@@ -1,0 +1,23 @@
+// Scratch memory of one call: from the pool, so on huge pages where Linux grants them, and as small
+// as the launcher says; it goes back to the pool with the call.
+#pragma once
+
+#include <cstddef>
+
+namespace resnet_fused {
+
+class Workspace {
+ public:
+  explicit Workspace(size_t floats);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* data() const { return data_; }  // page aligned
+
+ private:
+  float* data_;
+  size_t bytes_;
+};
+
+}  // namespace resnet_fused
