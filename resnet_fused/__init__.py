@@ -11,6 +11,7 @@ from resnet_fused.api import (
     unfuse,
     verify,
 )
+from resnet_fused.policy import precision
 
 __all__ = [
     "Entry",
@@ -21,6 +22,7 @@ __all__ = [
     "functional",
     "fuse",
     "models",
+    "precision",
     "unfuse",
     "verify",
 ]

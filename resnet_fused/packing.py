@@ -1,28 +1,21 @@
-"""Weights with batch norm folded in, kept as long as nothing they were made from has changed.
-
-A fold is keyed on the identity, the version counter, the address and the dtype of every tensor it
-was made from. So ``load_state_dict``, an optimizer step, assigning a parameter, ``.to()`` and any
-in-place change outdate it. Writing through ``tensor.data`` or a NumPy view hides from the version
-counter, here as in autograd.
-"""
+"""A convolution's weights with batch norm folded in, packed for the algorithm that runs it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import fold
-from resnet_fused.backends import onednn
-from resnet_fused.ops.schema import conv_output_size, is_channels_last
+from resnet_fused import conv_choice, fold, policy
+from resnet_fused.backends import native_conv, onednn
+from resnet_fused.backends.native_conv import NativeConv, Program, Wired
+from resnet_fused.kept import Kept
+from resnet_fused.ops.schema import is_channels_last
 
-T = TypeVar("T")
-
-_MOST_SHAPES = 8  # input shapes whose reordered weights are remembered for one convolution
+_MOST_SHAPES = 8  # input shapes whose choice is remembered for one convolution
 
 
 def conv_padding(conv: nn.Conv2d) -> list[int] | None:
@@ -33,46 +26,6 @@ def conv_padding(conv: nn.Conv2d) -> list[int] | None:
         return [0, 0]
     total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     return None if any(t % 2 for t in total) else [t // 2 for t in total]
-
-
-class Kept(Generic[T]):
-    """A value made from tensors, kept as long as they and its options have not changed.
-
-    Safe to share between threads. A copy (deepcopy, pickle) starts empty.
-    """
-
-    def __init__(self) -> None:
-        # The tensors are kept alive with it, so that no other one can take an identity.
-        self._kept: tuple[tuple[object, ...], Sequence[Tensor | None], T] | None = None
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type[Kept[T]], tuple[()]]:
-        return type(self), ()
-
-    def get(
-        self,
-        options: tuple[object, ...],
-        sources: Sequence[Tensor | None],
-        make: Callable[[], T],
-    ) -> T:
-        """The value for these tensors, made now if need be."""
-        key = (options, *map(_state, sources))
-        kept = self._kept
-        if kept is not None and kept[0] == key:
-            return kept[2]
-        with self._lock, torch.no_grad():
-            value = make()
-            self._kept = key, sources, value
-        return value
-
-
-def _state(tensor: Tensor | None) -> object:
-    if tensor is None:
-        return None
-    try:
-        return id(tensor), tensor._version, tensor.data_ptr()
-    except RuntimeError:
-        return object()  # an inference tensor has no version: nothing made from it is kept
 
 
 def statistics_and_affine(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
@@ -88,49 +41,120 @@ def statistics_and_affine(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    weight: Tensor  # in oneDNN's own layout
-    output_shape: tuple[int, ...]
+@dataclass(frozen=True, slots=True, eq=False)
+class OneDNNConv:
+    """One convolution in oneDNN's own layout."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
     folded: onednn.Folded
-    prepared: dict[torch.Size, _Prepared | None] = field(default_factory=dict)
+    weight: Tensor
+    output_shape: tuple[int, ...]
+    algorithm: str = "onednn"
 
-    def for_shape(self, input: Tensor) -> _Prepared | None:
-        """The weights for inputs of this shape; None where another path has to take them."""
-        shape = input.shape
-        if shape not in self.prepared:
+
+Prepared = NativeConv | OneDNNConv
+
+
+@dataclass(eq=False)
+class Folded:
+    """One convolution and its fold, and for each input shape what runs it."""
+
+    weight: Tensor
+    scale: Tensor | None  # (K,) float64
+    shift: Tensor | None  # (K,) float64, or the convolution's own bias
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    dtype: torch.dtype
+    prepared: dict[tuple[object, ...], Prepared | None] = field(default_factory=dict)
+    packed: dict[str, Tensor] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def for_shape(self, shape: torch.Size | tuple[int, ...]) -> Prepared | None:
+        """What runs inputs of this shape; None where another path has to take them."""
+        key = shape, policy.current()
+        try:
+            return self.prepared[key]
+        except KeyError:
+            pass
+        with self.lock, torch.no_grad():
             if len(self.prepared) >= _MOST_SHAPES:
                 self.prepared.clear()
-            self.prepared[shape] = self._prepare(input)
-        return self.prepared[shape]
+            self.prepared[key] = self._prepare(shape)
+            return self.prepared[key]
 
-    def _prepare(self, input: Tensor) -> _Prepared | None:
-        folded = self.folded
+    def _prepare(self, shape: tuple[int, ...]) -> Prepared | None:
+        weight = self.weight
         if (
-            input.dim() != 4
-            or input.numel() == 0
-            or input.shape[1] != folded.weight.shape[1] * folded.groups
-            or onednn.is_small(input, folded.weight, folded.groups)
+            len(shape) != 4
+            or 0 in shape
+            or shape[1] != weight.shape[1] * self.groups
+            or onednn.is_small(self.dtype, shape, weight, self.groups)
         ):
             return None
-        size = conv_output_size(
-            input, folded.weight, folded.stride, folded.padding, folded.dilation
-        )
+        problem = conv_choice.ConvProblem(
+            shape[0], shape[1], (shape[2], shape[3]), weight.shape[0],
+            (weight.shape[2], weight.shape[3]), (self.stride[0], self.stride[1]),
+            (self.padding[0], self.padding[1]), (self.dilation[0], self.dilation[1]), self.groups,
+        )  # fmt: skip
+        size = shape[0], weight.shape[0], *problem.out_size
         if min(size) < 1:
             return None
-        weight = onednn.reorder(folded, input.shape)
+        algorithm = "onednn"
+        if native_conv.unusable(self.dtype) is None and weight.dtype == self.dtype:
+            algorithm = conv_choice.choose(problem, policy.current())
+        if algorithm != "onednn":
+            return self._native(algorithm, size)
+        reordered = onednn.reorder(self.for_onednn, shape)
         for known in self.prepared.values():
-            if known is not None and _same_layout(known.weight, weight):
-                weight = known.weight
-        return _Prepared(weight, size)
+            if isinstance(known, OneDNNConv) and _same_layout(known.weight, reordered):
+                reordered = known.weight
+        return OneDNNConv(self.for_onednn, reordered, size)
+
+    def _native(self, algorithm: str, size: tuple[int, ...]) -> NativeConv:
+        if algorithm not in self.packed:
+            self.packed[algorithm] = native_conv.pack(
+                self.weight, self.scale, self.groups, algorithm
+            )
+        geometry = (*self.stride, *self.padding, *self.dilation, self.groups)
+        return NativeConv(
+            algorithm, self.packed[algorithm], self.weight, *self._vectors, geometry, size
+        )
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        outputs = self.weight.shape[0]
+        scale = torch.ones(outputs) if self.scale is None else self.scale.float()
+        shift = torch.zeros(outputs) if self.shift is None else self.shift.float().contiguous()
+        return scale, shift
+
+    @cached_property
+    def for_onednn(self) -> onednn.Folded:
+        return onednn.fold(
+            self.weight, self.scale, self.shift,
+            self.stride, self.padding, self.dilation, self.groups, dtype=self.dtype,
+        )  # fmt: skip
 
 
-class PackedConv(Kept[_Packed]):
-    """The fold of one convolution and one batch norm (or none) in oneDNN's layout."""
+class PackedConv(Kept[Folded]):
+    """The fold of one convolution and one batch norm (or none), packed for what runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._program: tuple[object, Program] | None = None
+
+    def folded(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> Folded:
+        """The fold of the present weights, for inputs of this dtype."""
+        weights = conv._parameters["weight"], conv._parameters["bias"]
+        options = (
+            dtype, conv.stride, conv.padding, conv.dilation, conv.groups,
+            None if bn is None else bn.eps,
+        )  # fmt: skip
+        return self.get(
+            options,
+            (*weights, *statistics_and_affine(bn)),
+            lambda: _fold(conv, bn, dtype),
+        )
 
     def __call__(
         self,
@@ -147,19 +171,9 @@ class PackedConv(Kept[_Packed]):
         copies to a layout of its own and back, which costs more than fusing saves), if the
         arguments do not fit together, or if eager PyTorch would not call oneDNN either.
         """
-        weights = conv._parameters["weight"], conv._parameters["bias"]
         if not is_channels_last(input) and not is_channels_last(conv.weight):
             return None
-        options = (
-            input.dtype, conv.stride, conv.padding, conv.dilation, conv.groups,
-            None if bn is None else bn.eps,
-        )  # fmt: skip
-        packed = self.get(
-            options,
-            (*weights, *statistics_and_affine(bn)),
-            lambda: _pack(conv, bn, input.dtype),
-        )
-        prepared = packed.for_shape(input)
+        prepared = self.folded(conv, bn, input.dtype).for_shape(input.shape)
         if prepared is None or not (
             residual is None
             or (
@@ -170,8 +184,15 @@ class PackedConv(Kept[_Packed]):
             )
         ):
             return None
+        if isinstance(prepared, NativeConv):
+            wired = Wired(0, -1 if residual is None else 1, act, negative_slope)
+            key = (prepared, residual is None)
+            known = self._program
+            if known is None or known[0] != key:
+                known = self._program = key, Program([prepared], [wired])
+            return known[1](input, residual)
         return onednn.convolve(
-            packed.folded,
+            prepared.folded,
             prepared.weight,
             onednn.channels_last(input),
             None if residual is None else onednn.channels_last(residual),
@@ -187,18 +208,17 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     return a.is_mkldnn and b.is_mkldnn and torch.equal(describe(a), describe(b))
 
 
-def _pack(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> _Packed:
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> Folded:
     padding = conv_padding(conv)
     assert padding is not None  # the matcher leaves such convolutions alone
-    scale, shift = None, conv.bias
+    scale, shift = None, None if conv.bias is None else conv.bias.detach()
     if bn is not None:
         assert bn.running_mean is not None and bn.running_var is not None
         scale, shift = fold.scale_and_shift(
             bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
             conv_bias=conv.bias, dtype=torch.float64,
         )  # fmt: skip
-    folded = onednn.fold(
-        conv.weight, scale, shift,
-        list(conv.stride), padding, list(conv.dilation), conv.groups, dtype=dtype,
+    return Folded(
+        conv.weight.detach(), scale, shift,
+        list(conv.stride), padding, list(conv.dilation), conv.groups, dtype,
     )  # fmt: skip
-    return _Packed(folded)

@@ -8,8 +8,8 @@
 namespace resnet_fused {
 
 struct ConvShape {
-  int64_t batch, channels, height, width;        // of the input
-  int64_t out_channels, out_height, out_width;   // of the output
+  int64_t batch, channels, height, width;       // of the input
+  int64_t out_channels, out_height, out_width;  // of the output
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t groups;
 

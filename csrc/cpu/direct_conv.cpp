@@ -3,11 +3,11 @@
 //     y[p][k] = act(sum_taps sum_c x[p * stride + tap][c] w[k][c][tap] * scale[k] + shift[k] [+ r])
 //
 // No im2col: a tile of 14 output pixels keeps its sums in registers over all taps and channels, and
-// its pixels are read where they lie. Only where they cannot be (padding, NCHW input, channel counts
-// whose strides fall into the same cache sets) the input rows of a unit of work are copied to a
-// band, once for all taps and output channels. Bytes: x, the residual and y once, eager twice more.
-// Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures",
-// arXiv:1808.05567.
+// its pixels are read where they lie. Only where they cannot be (padding, NCHW input, channel
+// counts whose strides fall into the same cache sets) the input rows of a unit of work are copied
+// to a band, once for all taps and output channels. Bytes: x, the residual and y once, eager twice
+// more. Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD
+// Architectures", arXiv:1808.05567.
 
 #include "direct_conv.h"
 
@@ -116,7 +116,8 @@ void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
   }
   const int64_t width = task.copies ? task.band_size(1, task.unit_width) : 0;
   for (int64_t r = 0; r < s.kernel[0]; ++r) {
-    for (int64_t c = 0; c < (task.depth > s.group_channels() || s.kernel[1] == 1 ? 1 : s.kernel[1]); ++c) {
+    for (int64_t c = 0; c < (task.depth > s.group_channels() || s.kernel[1] == 1 ? 1 : s.kernel[1]);
+         ++c) {
       task.segments.push_back((r * s.dilation[0] * width + c * s.dilation[1]) * task.band_channels);
     }
   }

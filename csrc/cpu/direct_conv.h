@@ -38,9 +38,7 @@ struct DirectTask {
     if (!copies) return 0;
     return band_size(0, unit_height) * band_size(1, unit_width) * band_channels;
   }
-  int64_t units_down() const {
-    return (conv.shape.out_height + unit_height - 1) / unit_height;
-  }
+  int64_t units_down() const { return (conv.shape.out_height + unit_height - 1) / unit_height; }
   int64_t units_across() const { return (conv.shape.out_width + unit_width - 1) / unit_width; }
   int64_t units() const { return conv.shape.batch * units_down() * units_across(); }
 };

@@ -74,18 +74,15 @@ DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
   return task.copies ? stride / task.step(1) * task.band_channels : stride * task.input_strides[3];
 }
 
-inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group,
-                        PixelRun* runs) {
+inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
   const int64_t* stride = task.input_strides;
-  const int64_t row_stride =
-      task.copies ? shape.stride[0] / task.step(0) * task.band_size(1, place.width) *
-                        task.band_channels
-                  : shape.stride[0] * stride[2];
-  const int64_t start = task.copies
-                            ? 0
-                            : place.image * stride[0] + group * shape.group_channels() +
-                                  place.y * row_stride + place.x * pixel_stride(task);
+  const int64_t row_stride = task.copies ? shape.stride[0] / task.step(0) *
+                                               task.band_size(1, place.width) * task.band_channels
+                                         : shape.stride[0] * stride[2];
+  const int64_t start = task.copies ? 0
+                                    : place.image * stride[0] + group * shape.group_channels() +
+                                          place.y * row_stride + place.x * pixel_stride(task);
   int64_t count = 0;
   for (int64_t i = 0; i < place.height; ++i) {
     const int64_t pixel =
@@ -114,8 +111,7 @@ void multiply_tile(const DirectTile& tile, const Finish& finish) {
   const bool direct = in_registers(finish);
   float memory[kRows][kPanel];
   const auto offset = [&](int r) {
-    return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) *
-           tile.out_channels;
+    return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) * tile.out_channels;
   };
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};

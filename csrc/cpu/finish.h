@@ -13,8 +13,7 @@ struct Finish {
 };
 
 DEVICE_INLINE bool in_registers(const Finish& finish) {
-  return finish.columns == 32 &&
-         (finish.act == Activation::none || finish.act == Activation::relu);
+  return finish.columns == 32 && (finish.act == Activation::none || finish.act == Activation::relu);
 }
 
 DEVICE_INLINE void finish_vector(const Finish& finish, int64_t offset, int64_t column, Vector sum) {

@@ -191,13 +191,14 @@ Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType d
 }
 
 Workspace::Workspace(size_t floats) {
+  if (floats == 0) return;
   const Block block = pool().allocate(floats * sizeof(float));
   data_ = reinterpret_cast<float*>(block.data);
   bytes_ = block.bytes;
 }
 
 Workspace::~Workspace() {
-  pool().free({reinterpret_cast<char*>(data_), bytes_});
+  if (data_ != nullptr) pool().free({reinterpret_cast<char*>(data_), bytes_});
 }
 
 void pool_release() {

@@ -1,151 +1,269 @@
-// Convolution with packed weights: the operators behind which the library's own algorithms stand.
+// Convolutions with packed weights: the operators behind which the library's own algorithms stand.
 //
-//     y = act(conv(x, w * scale) + shift [+ residual])      float32, fixed statistics, no gradient
+//     y_i = act_i(conv(x_i, w_i * scale_i) + shift_i [+ r_i])      fixed statistics, no gradient
 //
-// `_pack_conv` folds and packs once, `_packed_conv` runs. `algorithm` is winograd4, winograd2
-// (winograd.cpp) or direct (direct_conv.cpp).
+// `_pack_conv` folds and packs one convolution's weights once. `_packed_convs` runs one convolution
+// or all of a residual block, x_i and r_i being the block's input or an earlier y. A large batch is
+// taken a few images at a time through the whole block, so that what one convolution writes is
+// still in cache when the next one reads it; only the block's input and output cross memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <vector>
 
-#include "channel_vectors.h"
+#include "../common/layout.h"
 #include "direct_conv.h"
 #include "memory_pool.h"
 #include "winograd.h"
+#include "workspace.h"
 
 namespace resnet_fused {
 namespace {
 
+constexpr const char* op = "_packed_convs";
+
+// Bytes that one pass through a block may touch: half of a small L3.
+constexpr int64_t kChunkBytes = int64_t(16) << 20;
+
 enum class Algorithm { winograd4, winograd2, direct };
 
-Algorithm parse_algorithm(const char* op, const std::string& name) {
+Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
   if (name == "winograd2") return Algorithm::winograd2;
-  check(name == "direct", op, ": algorithm must be winograd4, winograd2 or direct, got '", name,
+  check(name == "direct", caller, ": algorithm must be winograd4, winograd2 or direct, got '", name,
         "'");
   return Algorithm::direct;
 }
 
+bool is_winograd(Algorithm algorithm) {
+  return algorithm != Algorithm::direct;
+}
 int64_t largest_tile(Algorithm algorithm) {
   return algorithm == Algorithm::winograd4 ? 4 : 2;
 }
 
-void check_weight(const char* op, const Tensor& weight, int64_t groups, Algorithm algorithm) {
-  check(weight.is_cpu() && weight.dim() == 4, op,
+void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algorithm algorithm) {
+  check(weight.is_cpu() && weight.dim() == 4, caller,
         ": weight must be a CPU tensor with 4 dimensions, got shape ", shape_text(weight.sizes()));
-  check(weight.numel() > 0, op, ": weight must not be empty, got shape ",
+  check(weight.numel() > 0, caller, ": weight must not be empty, got shape ",
         shape_text(weight.sizes()));
-  check(groups > 0 && weight.size(0) % groups == 0, op, ": groups must divide weight's ",
+  check(groups > 0 && weight.size(0) % groups == 0, caller, ": groups must divide weight's ",
         weight.size(0), " output channels, got ", groups);
-  check(algorithm == Algorithm::direct || (weight.size(2) == 3 && weight.size(3) == 3), op,
+  check(!is_winograd(algorithm) || (weight.size(2) == 3 && weight.size(3) == 3), caller,
         ": Winograd takes 3 x 3 kernels, got shape ", shape_text(weight.sizes()));
 }
 
-size_t packed_size(const Tensor& weight, int64_t groups, Algorithm algorithm) {
-  if (algorithm == Algorithm::direct) {
-    return direct_packed_size(weight.size(0), weight.size(1), weight.size(2) * weight.size(3),
-                              groups);
-  }
-  return winograd_packed_size(weight.size(0), weight.size(1), groups, largest_tile(algorithm));
+int64_t packed_size(const Tensor& weight, int64_t groups, Algorithm algorithm) {
+  const size_t size =
+      is_winograd(algorithm)
+          ? winograd_packed_size(weight.size(0), weight.size(1), groups, largest_tile(algorithm))
+          : direct_packed_size(weight.size(0), weight.size(1), weight.size(2) * weight.size(3),
+                               groups);
+  return static_cast<int64_t>(size);
 }
 
 Tensor pack_conv(const Tensor& weight, int64_t groups, const std::string& algorithm_name) {
-  constexpr const char* op = "_pack_conv";
-  const Algorithm algorithm = parse_algorithm(op, algorithm_name);
-  check_weight(op, weight, groups, algorithm);
-  check(weight.scalar_type() == ScalarType::Double, op,
+  constexpr const char* caller = "_pack_conv";
+  const Algorithm algorithm = parse_algorithm(caller, algorithm_name);
+  check_weight(caller, weight, groups, algorithm);
+  check(weight.scalar_type() == ScalarType::Double, caller,
         ": weight must be float64, so that folding rounds once, got ",
         dtype_name(weight.scalar_type()));
   const Tensor w = dense(weight, MemoryFormat::Contiguous);
   const double* data = static_cast<const double*>(w.const_data_ptr());
-  const int64_t size = static_cast<int64_t>(packed_size(weight, groups, algorithm));
+  const int64_t size = packed_size(weight, groups, algorithm);
   Tensor packed = pool_empty({&size, 1}, MemoryFormat::Contiguous, ScalarType::Float);
   float* to = static_cast<float*>(packed.mutable_data_ptr());
-  if (algorithm == Algorithm::direct) {
-    direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, to);
-  } else {
+  if (is_winograd(algorithm)) {
     winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), to);
+  } else {
+    direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, to);
   }
   return packed;
 }
 
-ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight,
-                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                     const std::vector<int64_t>& dilation, int64_t groups) {
-  check(input.is_cpu() && input.dim() == 4 && input.scalar_type() == ScalarType::Float, op,
-        ": input must be a float32 CPU tensor with 4 dimensions, got ",
-        dtype_name(input.scalar_type()), " ", shape_text(input.sizes()));
-  check(input.size(1) == weight.size(1) * groups, op, ": input must have ",
-        weight.size(1) * groups, " channels, got shape ", shape_text(input.sizes()));
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-        ": stride, padding and dilation must have two numbers each");
+// Values of a block: 0 is its input, 1 a residual from outside, 2 + i the output of convolution i.
+constexpr int64_t kOutside = 2;
+
+struct Step {
+  ConvShape shape;
+  int64_t input, residual;  // values; residual is -1 if there is none
+  Algorithm algorithm;
+  Activation act;
+  float negative_slope;
+  const float* packed;
+  const float* weight;
+  const int64_t* weight_strides;
+  const float* scale;
+  const float* shift;
+};
+
+// What one convolution of the argument `steps` says, eleven numbers each.
+struct StepNumbers {
+  int64_t input, residual, stride[2], padding[2], dilation[2], groups;
+};
+constexpr size_t kStepNumbers = 9;
+static_assert(sizeof(StepNumbers) == kStepNumbers * sizeof(int64_t));
+
+using Sizes = std::array<int64_t, 4>;  // N, C, H, W
+
+ConvShape conv_shape(const Sizes& input, const Tensor& weight, const StepNumbers& numbers) {
+  check(input[1] == weight.size(1) * numbers.groups, op, ": input must have ",
+        weight.size(1) * numbers.groups, " channels, got shape ",
+        shape_text({input.data(), input.size()}));
   ConvShape shape{};
-  shape.batch = input.size(0), shape.channels = input.size(1);
-  shape.height = input.size(2), shape.width = input.size(3);
-  shape.out_channels = weight.size(0), shape.groups = groups;
+  shape.batch = input[0], shape.channels = input[1], shape.height = input[2];
+  shape.width = input[3], shape.out_channels = weight.size(0), shape.groups = numbers.groups;
   int64_t out[2];
   for (int64_t i = 0; i < 2; ++i) {
-    check(stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0, op,
+    const int64_t stride = numbers.stride[i], dilation = numbers.dilation[i];
+    check(stride > 0 && dilation > 0 && numbers.padding[i] >= 0, op,
           ": stride and dilation must be positive and padding not negative");
-    shape.kernel[i] = weight.size(2 + i);
-    shape.stride[i] = stride[i], shape.padding[i] = padding[i], shape.dilation[i] = dilation[i];
-    const int64_t room = input.size(2 + i) + 2 * padding[i] - dilation[i] * (shape.kernel[i] - 1);
+    shape.kernel[i] = weight.size(2 + i), shape.stride[i] = stride;
+    shape.padding[i] = numbers.padding[i], shape.dilation[i] = dilation;
+    const int64_t room = input[2 + i] + 2 * shape.padding[i] - dilation * (shape.kernel[i] - 1);
     check(room >= 1, op, ": input is smaller than the kernel, got shape ",
-          shape_text(input.sizes()));
-    out[i] = (room - 1) / stride[i] + 1;
+          shape_text({input.data(), input.size()}));
+    out[i] = (room - 1) / stride + 1;
   }
   shape.out_height = out[0], shape.out_width = out[1];
   return shape;
 }
 
-Tensor packed_conv(const Tensor& input, const Tensor& packed, const Tensor& weight,
-                   const std::optional<Tensor>& scale, const Tensor& shift,
-                   const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
-                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                   int64_t groups, const std::string& algorithm_name, const std::string& act,
-                   double negative_slope) {
-  constexpr const char* op = "_packed_conv";
-  const Algorithm algorithm = parse_algorithm(op, algorithm_name);
-  check_weight(op, weight, groups, algorithm);
-  check(weight.scalar_type() == ScalarType::Float, op, ": weight must be float32, got ",
-        dtype_name(weight.scalar_type()));
-  const ConvShape shape = conv_shape(op, input, weight, stride, padding, dilation, groups);
-  check(packed.is_cpu() && packed.scalar_type() == ScalarType::Float && packed.dim() == 1 &&
-            packed.size(0) == static_cast<int64_t>(packed_size(weight, groups, algorithm)),
-        op, ": packed must be what _pack_conv made of weight for ", algorithm_name, ", got ",
-        dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
-  const std::array<int64_t, 4> sizes{shape.batch, shape.out_channels, shape.out_height,
-                                     shape.out_width};
-  Tensor output = pool_empty({sizes.data(), 4}, MemoryFormat::ChannelsLast, ScalarType::Float);
-  const VectorArgument<float> shifts(op, "shift", shift, output);
-  const VectorArgument<float> scales(op, "scale", scale, output);
-  if (residual) check_like(op, "residual", *residual, output);
-  if (output.numel() == 0) return output;
+const float* check_channels(const char* name, const Tensor& tensor, int64_t channels) {
+  check(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 &&
+            tensor.size(0) == channels && is_dense(tensor, MemoryFormat::Contiguous),
+        op, ": ", name, " must be contiguous float32 of shape [", channels, "], got ",
+        dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
 
-  const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : output;
-  ConvArguments arguments{shape,
-                          nullptr,
-                          static_cast<const float*>(packed.const_data_ptr()),
-                          shifts.data(),
-                          residual ? static_cast<const float*>(r.const_data_ptr()) : nullptr,
-                          static_cast<float*>(output.mutable_data_ptr()),
-                          parse_activation(op, act),
-                          static_cast<float>(negative_slope)};
-  if (algorithm == Algorithm::direct) {
-    arguments.input = static_cast<const float*>(input.const_data_ptr());
-    direct_run(arguments, input.strides().data());
-    return output;
+Sizes check_image(const char* name, const Tensor& tensor) {
+  check(tensor.is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float, op, ": ",
+        name, " must be a float32 CPU tensor with 4 dimensions, got ",
+        dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
+  return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
+}
+
+struct Value {
+  Sizes sizes;
+  const float* data;  // of the outside ones and of the last
+  const int64_t* strides;
+};
+
+void run_step(const Step& step, int64_t images, const float* input, const int64_t* input_strides,
+              const float* residual, float* output) {
+  ConvArguments arguments{step.shape, input,  step.packed, step.shift,
+                          residual,   output, step.act,    step.negative_slope};
+  arguments.shape.batch = images;
+  if (is_winograd(step.algorithm)) {
+    winograd_run(arguments, step.weight, step.weight_strides, step.scale,
+                 largest_tile(step.algorithm));
+  } else {
+    direct_run(arguments, input_strides);
   }
-  check(stride[0] == 1 && stride[1] == 1 && dilation[0] == 1 && dilation[1] == 1, op,
-        ": Winograd takes stride 1 and dilation 1");
-  const Tensor x = dense(input, MemoryFormat::ChannelsLast);
-  arguments.input = static_cast<const float*>(x.const_data_ptr());
-  winograd_run(arguments, static_cast<const float*>(weight.const_data_ptr()),
-               weight.strides().data(), scales.data(), largest_tile(algorithm));
+}
+
+Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
+                    const std::vector<Tensor>& packed, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& scales, const std::vector<Tensor>& shifts,
+                    const std::vector<int64_t>& numbers, const std::vector<std::string>& algorithms,
+                    const std::vector<std::string>& acts,
+                    const std::vector<double>& negative_slopes) {
+  const size_t count = weights.size();
+  check(count > 0 && packed.size() == count && scales.size() == count && shifts.size() == count &&
+            numbers.size() == count * kStepNumbers && algorithms.size() == count &&
+            acts.size() == count && negative_slopes.size() == count,
+        op,
+        ": packed, weights, scales, shifts, steps, algorithms, acts and negative_slopes must "
+        "describe the same number of convolutions, one at least");
+  std::vector<Value> values{{check_image("input", input), nullptr, nullptr}, {}};
+  if (residual) values[1].sizes = check_image("residual", *residual);
+  std::vector<Step> steps;
+  bool needs_dense = false;
+  for (size_t i = 0; i < count; ++i) {
+    StepNumbers n;
+    std::copy_n(numbers.data() + i * kStepNumbers, kStepNumbers, reinterpret_cast<int64_t*>(&n));
+    const int64_t known = static_cast<int64_t>(values.size());
+    check(n.input >= 0 && n.input < known && n.input != 1, op,
+          ": a convolution's input must be 0 or an earlier one's output, got ", n.input);
+    check(n.residual >= -1 && n.residual < known && (n.residual != 1 || residual), op,
+          ": a convolution's residual must be -1, an outside tensor or an earlier output, got ",
+          n.residual);
+    const Algorithm algorithm = parse_algorithm(op, algorithms[i]);
+    check_weight(op, weights[i], n.groups, algorithm);
+    check(weights[i].scalar_type() == ScalarType::Float, op, ": weight must be float32, got ",
+          dtype_name(weights[i].scalar_type()));
+    const ConvShape shape = conv_shape(values[n.input].sizes, weights[i], n);
+    check(!is_winograd(algorithm) ||
+              (n.stride[0] == 1 && n.stride[1] == 1 && n.dilation[0] == 1 && n.dilation[1] == 1),
+          op, ": Winograd takes stride 1 and dilation 1");
+    const int64_t size = packed_size(weights[i], n.groups, algorithm);
+    check(packed[i].is_cpu() && packed[i].scalar_type() == ScalarType::Float &&
+              packed[i].dim() == 1 && packed[i].size(0) == size,
+          op, ": packed must be what _pack_conv made of weight for ", algorithms[i], ", got ",
+          dtype_name(packed[i].scalar_type()), " ", shape_text(packed[i].sizes()));
+    const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+    check(n.residual < 0 || values[n.residual].sizes == sizes, op,
+          ": residual must have the shape of the output, ",
+          shape_text({sizes.data(), sizes.size()}));
+    needs_dense |= (n.input == 0 && is_winograd(algorithm)) || n.residual == 0;
+    steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, acts[i]),
+                     static_cast<float>(negative_slopes[i]),
+                     static_cast<const float*>(packed[i].const_data_ptr()),
+                     static_cast<const float*>(weights[i].const_data_ptr()),
+                     weights[i].strides().data(),
+                     check_channels("scale", scales[i], shape.out_channels),
+                     check_channels("shift", shifts[i], shape.out_channels)});
+    values.push_back({sizes, nullptr, nullptr});
+  }
+
+  const Sizes& out = values.back().sizes;
+  Tensor output =
+      pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, ScalarType::Float);
+  if (output.numel() == 0) return output;
+  const Tensor x = needs_dense ? dense(input, MemoryFormat::ChannelsLast) : input;
+  const std::vector<int64_t> dense_x = dense_strides(input.sizes(), MemoryFormat::ChannelsLast);
+  values[0].data = static_cast<const float*>(x.const_data_ptr());
+  values[0].strides = needs_dense ? dense_x.data() : x.strides().data();
+  const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : x;
+  if (residual) values[1].data = static_cast<const float*>(r.const_data_ptr());
+
+  std::vector<int64_t> image_size;  // floats of one image of each value
+  int64_t touched = 0, between = 0;
+  for (size_t v = 0; v < values.size(); ++v) {
+    const Sizes& s = values[v].sizes;
+    image_size.push_back(s[1] * s[2] * s[3]);
+    touched += image_size[v];
+    if (v >= kOutside && v + 1 < values.size()) between += image_size[v];
+  }
+  const int64_t limit = kChunkBytes / static_cast<int64_t>(sizeof(float)) / touched;
+  const int64_t chunk = count == 1 ? out[0] : std::min(out[0], std::max<int64_t>(1, limit));
+  const Workspace workspace(static_cast<size_t>(between * chunk));
+  float* const result = static_cast<float*>(output.mutable_data_ptr());
+  for (int64_t first = 0; first < out[0]; first += chunk) {
+    const int64_t images = std::min(chunk, out[0] - first);
+    std::vector<const float*> at;
+    at.push_back(values[0].data + first * values[0].strides[0]);
+    at.push_back(residual ? values[1].data + first * image_size[1] : nullptr);
+    float* next = workspace.data();
+    for (size_t i = 0; i < count; ++i) {
+      const Step& step = steps[i];
+      const bool last = i + 1 == count;
+      float* const to = last ? result + first * image_size.back() : next;
+      const std::vector<int64_t> between_strides =
+          dense_strides({values[step.input].sizes.data(), 4}, MemoryFormat::ChannelsLast);
+      run_step(step, images, at[step.input],
+               step.input == 0 ? values[0].strides : between_strides.data(),
+               step.residual < 0 ? nullptr : at[step.residual], to);
+      at.push_back(to);
+      if (!last) next += image_size[kOutside + i] * chunk;
+    }
+  }
   return output;
 }
 
@@ -155,11 +273,11 @@ Tensor packed_conv(const Tensor& input, const Tensor& packed, const Tensor& weig
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
   m.def("_pack_conv(Tensor weight, int groups, str algorithm) -> Tensor");
   m.def(
-      "_packed_conv(Tensor input, Tensor packed, Tensor weight, Tensor? scale, Tensor shift, "
-      "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "str algorithm, str act, float negative_slope) -> Tensor");
+      "_packed_convs(Tensor input, Tensor? residual, Tensor[] packed, Tensor[] weights, "
+      "Tensor[] scales, Tensor[] shifts, int[] steps, str[] algorithms, str[] acts, "
+      "float[] negative_slopes) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_pack_conv", TORCH_BOX(&resnet_fused::pack_conv));
-  m.impl("_packed_conv", TORCH_BOX(&resnet_fused::packed_conv));
+  m.impl("_packed_convs", TORCH_BOX(&resnet_fused::packed_convs));
 }

@@ -3,13 +3,13 @@
 //     y = act(A^T [sum_c U (.) (B^T d B)] A + shift [+ residual]),  U = G (w * scale) G^T
 //
 // 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct convolution runs
-// at the FMA peak already, so this is the way past it. Tiles are cut by the image: 14 x 14 takes 484
-// products an image and not 576, 7 x 7 takes 121 and not 144 (winograd_transform.h).
+// at the FMA peak already, so this is the way past it. Tiles are cut by the image: 14 x 14 takes
+// 484 products an image and not 576, 7 x 7 takes 121 and not 144 (winograd_transform.h).
 //
-// Per block of tiles: their inputs are transformed to [point][channel / 16][tile][16]; then for each
-// panel of 32 output channels 36 small matrix products run over weights that lie in the order of
-// access, and their results are transformed, finished and written. Nothing but x, the residual and y
-// leaves the caches. Lavin, Gray: "Fast Algorithms for Convolutional Neural Networks",
+// Per block of tiles: their inputs are transformed to [point][channel / 16][tile][16]; then for
+// each panel of 32 output channels 36 small matrix products run over weights that lie in the order
+// of access, and their results are transformed, finished and written. Nothing but x, the residual
+// and y leaves the caches. Lavin, Gray: "Fast Algorithms for Convolutional Neural Networks",
 // arXiv:1509.09308; Barabasz et al. on the points, arXiv:1803.10986.
 //
 // Every output is one sum over channels in one order, whatever the block and the thread count, so
@@ -33,10 +33,12 @@ namespace resnet_fused {
 namespace {
 
 // U_p = g(p) = g[0] + g[1] p + g[2] p^2, and g[2] at infinity.
-constexpr double kPoints4[6][3] = {{1, 0, 0},           {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
+// Floats above which weights come from L3 or memory at every block: F(4 x 4) of 256 x 256 channels.
+constexpr int64_t kManyWeights = int64_t(2) << 20;
+
+constexpr double kPoints4[6][3] = {{1, 0, 0},      {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
                                    {1, 1.5, 2.25}, {1, -1.5, 2.25},   {0, 0, 1}};
-constexpr double kPoints2[4][3] = {
-    {1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
+constexpr double kPoints2[4][3] = {{1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
 
 }  // namespace
 
@@ -88,11 +90,12 @@ void winograd_run(const ConvArguments& conv, const float* weight, const int64_t*
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t channels = shape.group_channels();
 
-  const char* eb = std::getenv("WINO_BLOCK");
-  const char* es = std::getenv("WINO_SPLIT");
-  int64_t most = eb ? std::atoi(eb) : 28;
-  bool split = es ? std::atoi(es) : channels >= 256;
-  most = std::min<int64_t>(most, kWinogradLargestBlock);
+  // Many channels or few tiles: the threads share out the output channels, so that each reads a
+  // part of the weights and not all of them, and transforms every tile itself.
+  const int64_t weights = task.panels() * kPanel * channels * task.points();
+  const bool split = task.panels() >= threads && weights > kManyWeights &&
+                     tiles <= threads * kWinogradLargestBlock;
+  const int64_t most = split ? kWinogradLargestBlock / 2 : 14;
   const int64_t by_thread = split ? tiles : (tiles + threads - 1) / threads;
   const int64_t blocks_each = (by_thread + most - 1) / most;
   task.block = (by_thread + blocks_each - 1) / blocks_each;

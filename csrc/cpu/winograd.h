@@ -46,9 +46,7 @@ struct WinogradTask {
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
   // Floats from one point's matrix to the next; 64 bytes more than it takes, so that the same rows
   // of all points do not fall into the same cache sets.
-  int64_t input_slice() const {
-    return (conv.shape.group_channels() + 15) / 16 * 16 * block + 16;
-  }
+  int64_t input_slice() const { return (conv.shape.group_channels() + 15) / 16 * 16 * block + 16; }
   int64_t product_slice() const { return kPanel * block + 16; }
   int64_t workspace() const { return points() * (input_slice() + product_slice()); }
 };

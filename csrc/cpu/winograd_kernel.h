@@ -119,11 +119,11 @@ inline void transform_inputs(const WinogradTask& task, const WinogradBlock& bloc
       for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
         const int64_t x = tile.x + j - shape.padding[1];
         const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
-        pixels[n] = inside ? task.conv.input +
-                                 ((tile.image * shape.height + y) * shape.width + x) *
-                                     shape.channels +
-                                 group * channels
-                           : zeros;
+        pixels[n] = inside
+                        ? task.conv.input +
+                              ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
+                              group * channels
+                        : zeros;
         const int64_t p =
             point_of(task.largest, tile.height, i) * along + point_of(task.largest, tile.width, j);
         points[n] = {transformed + p * task.input_slice() + tile.row[p] * 16, block.rows[p] * 16};
@@ -250,7 +250,8 @@ inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, in
                 group * channels;
             const float* weight = task.weight + (channel + n) * task.weight_strides[0] +
                                   r * task.weight_strides[2] + s * task.weight_strides[3];
-            for (int64_t c = 0; c < channels; ++c) sum += pixel[c] * weight[c * task.weight_strides[1]];
+            for (int64_t c = 0; c < channels; ++c)
+              sum += pixel[c] * weight[c * task.weight_strides[1]];
           }
         }
         sums[n] = task.scale == nullptr ? sum : sum * task.scale[channel + n];
@@ -270,8 +271,9 @@ inline void transform_outputs(const WinogradTask& task, const WinogradBlock& blo
   const int64_t outputs = shape.group_out_channels(), along = task.points_along();
   const int64_t channel = group * outputs + panel * kPanel;
   const int64_t columns = outputs - panel * kPanel < kPanel ? outputs - panel * kPanel : kPanel;
-  const Finish finish{task.conv.shift + channel, task.conv.residual, task.conv.output,
-                      columns,                   task.conv.act,      task.conv.negative_slope};
+  const Finish finish{
+      task.conv.shift + channel, task.conv.residual, task.conv.output, columns, task.conv.act,
+      task.conv.negative_slope};
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
     const float* points[kWinogradMostPoints];

@@ -24,10 +24,12 @@ struct Transform<4> {
     constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b;
     constexpr float na = 1 / (2 * aa * (aa - bb)), nb = 1 / (2 * bb * (bb - aa));
     v[0] = d[0] - d[2] * ((aa + bb) / (aa * bb)) + d[4] * (1 / (aa * bb));
-    const Vector even_a = d[4] * na - d[2] * (bb * na), odd_a = d[3] * (a * na) - d[1] * (a * bb * na);
+    const Vector even_a = d[4] * na - d[2] * (bb * na),
+                 odd_a = d[3] * (a * na) - d[1] * (a * bb * na);
     v[1] = even_a + odd_a;
     v[2] = even_a - odd_a;
-    const Vector even_b = d[4] * nb - d[2] * (aa * nb), odd_b = d[3] * (b * nb) - d[1] * (b * aa * nb);
+    const Vector even_b = d[4] * nb - d[2] * (aa * nb),
+                 odd_b = d[3] * (b * nb) - d[1] * (b * aa * nb);
     v[3] = even_b + odd_b;
     v[4] = even_b - odd_b;
     v[5] = d[5] - d[3] * (aa + bb) + d[1] * (aa * bb);

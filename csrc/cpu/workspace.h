@@ -13,11 +13,11 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  float* data() const { return data_; }  // page aligned
+  float* data() const { return data_; }  // page aligned; null if empty
 
  private:
-  float* data_;
-  size_t bytes_;
+  float* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace resnet_fused

@@ -67,18 +67,18 @@ def _unusable(dtype: torch.dtype) -> str | None:
     return f"oneDNN's fused convolution is not used for {dtype}"
 
 
-def is_small(input: Tensor, weight: Tensor, groups: int) -> bool:
+def is_small(dtype: torch.dtype, input_shape: Sequence[int], weight: Tensor, groups: int) -> bool:
     """Whether eager PyTorch leaves a convolution to its own im2col instead of oneDNN.
 
     So does this library: on such sizes oneDNN sums in one long chain, at several times the error.
     The rule is ATen's (use_mkldnn in native/Convolution.cpp).
     """
     return (
-        input.dtype == torch.float32
-        and input.shape[0] == 1
+        dtype == torch.float32
+        and input_shape[0] == 1
         and groups == 1
         and min(weight.shape[2:]) <= 3
-        and input.numel() <= 20480
+        and math.prod(input_shape) <= 20480
     )
 
 
@@ -125,7 +125,7 @@ def fold(
     )  # fmt: skip
 
 
-def reorder(folded: Folded, input_shape: torch.Size) -> Tensor:
+def reorder(folded: Folded, input_shape: Sequence[int]) -> Tensor:
     """The weights in the layout that oneDNN wants for inputs of this shape."""
     return torch.ops.mkldnn._reorder_convolution_weight(
         folded.weight, folded.padding, folded.stride, folded.dilation, folded.groups,
@@ -249,7 +249,7 @@ def conv_bn_act(
 ) -> Tensor:
     """The operator on a CPU: folds on every call. Modules keep the fold, see packing.py."""
     fast = is_channels_last(input) or is_channels_last(weight)
-    if not fast or unusable(input.dtype) or is_small(input, weight, groups):
+    if not fast or unusable(input.dtype) or is_small(input.dtype, input.shape, weight, groups):
         z = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
         scale, shift = reference.scale_and_shift_or_identity(z, scale, shift)
         return torch.ops.resnet_fused.scale_shift_act(

@@ -6,7 +6,7 @@ A plan is made for one module and read-only afterwards; nothing here touches the
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fused.graph.match import Matcher, Run
 from resnet_fused.graph.trace import Untraceable, has_hooks, trace
 from resnet_fused.modules.bn_act import BNAct
+from resnet_fused.modules.conv_block import INPUT, OUTSIDE, ConvBlock, wire
 from resnet_fused.modules.conv_bn_act import ConvBNAct
 from resnet_fused.modules.max_pool import MaxPool
 from resnet_fused.packing import conv_padding
@@ -185,6 +186,7 @@ def _plan_graph(
             swallowed.add(str(node.target))
             _call_step(graph, node, name, [node.args[0]], [str(node.target)])
     _mark_deferring(graph, steps)
+    _group_blocks(graph, steps, numbers)
     return _compile(module, graph, steps, swallowed), runs
 
 
@@ -254,6 +256,44 @@ def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
         if len(readers) == 1 and isinstance(readers[0], (ConvBNAct, MaxPool)):
             args = next(iter(node.users)).args
             after.defers = args[0] is node and node not in args[1:]
+
+
+def _group_blocks(graph: fx.Graph, steps: dict[str, object], numbers: count[int]) -> None:
+    """Convolutions that follow one another and read nothing but one value become one step."""
+    nodes = [n for n in graph.nodes if n.op != "get_attr"]
+    while nodes:
+        group = _group_at(nodes, steps)
+        if len(group) > 1:
+            place = {group[0].args[0]: INPUT} | {n: OUTSIDE + i for i, n in enumerate(group)}
+            found = [steps.pop(str(n.target)) for n in group]
+            convs = [step for step in found if isinstance(step, ConvBNAct)]
+            wiring = [
+                wire(conv, place[n.args[0]], place[n.args[3]] if len(n.args) > 3 else -1)
+                for conv, n in zip(convs, group, strict=True)
+            ]
+            name = f"_fused_step_{next(numbers)}"
+            steps[name] = ConvBlock(tuple(convs), tuple(wiring))
+            modules = [m for n in group for m in n.args[1:3]]
+            with graph.inserting_before(group[-1]):
+                call = graph.create_node("call_module", name, (group[0].args[0], *modules))
+            group[-1].replace_all_uses_with(call)
+            for node in reversed(group):
+                graph.erase_node(node)
+        nodes = nodes[max(1, len(group)) :]
+
+
+def _group_at(nodes: Sequence[fx.Node], steps: Mapping[str, object]) -> list[fx.Node]:
+    """The longest group that starts with the first node; empty if that is no convolution's step."""
+    group: list[fx.Node] = []
+    for node in nodes:
+        step = steps.get(str(node.target)) if node.op == "call_module" else None
+        reads = {node.args[0], *node.args[3:]} if isinstance(step, ConvBNAct) else set()
+        if not reads or not reads <= {(group or [node])[0].args[0], *group}:
+            break
+        group.append(node)
+    while len(group) > 1 and not all(set(n.users) <= set(group) for n in group[:-1]):
+        group.pop()
+    return group
 
 
 def _compile(

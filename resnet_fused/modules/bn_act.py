@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from resnet_fused import fold
 from resnet_fused.backends import reference
 from resnet_fused.checks import DTYPES
+from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import (
     affine,
     check_input,
@@ -19,7 +20,7 @@ from resnet_fused.modules.batch_norm import (
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.ops.select import native_unusable
-from resnet_fused.packing import Kept, statistics_and_affine
+from resnet_fused.packing import statistics_and_affine
 
 
 @dataclass(slots=True)

@@ -62,7 +62,7 @@ class ConvBNAct:
         """The whole run in one call; None where that is not to be had, bad input included."""
         if bn is not None and uses_batch_statistics(bn):
             return None
-        if torch.is_grad_enabled() and _any_requires_grad(input, conv, bn, residual):
+        if torch.is_grad_enabled() and any_requires_grad(input, conv, bn, residual):
             return None
         if torch.compiler.is_compiling():
             data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
@@ -106,9 +106,10 @@ class ConvBNAct:
         )  # fmt: skip
 
 
-def _any_requires_grad(
+def any_requires_grad(
     input: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, residual: Tensor | None
 ) -> bool:
+    """Whether autograd would record a step that runs on these."""
     tensors = [input, residual, conv.weight, conv.bias]
     if bn is not None:
         tensors += [bn.weight, bn.bias]

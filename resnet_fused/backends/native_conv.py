@@ -1,0 +1,91 @@
+"""The library's own convolution kernels on the CPU: Winograd and direct, BN folded in.
+
+What they compute and how is said in ``csrc/cpu/winograd.cpp`` and ``csrc/cpu/direct_conv.cpp``. They
+keep NaN and infinities where eager PyTorch has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import native
+
+
+@functools.cache
+def unusable(dtype: torch.dtype) -> str | None:
+    """Why the kernels are not chosen for a dtype on this machine, or None if they may be."""
+    if native.reason is not None:
+        return native.reason
+    if dtype != torch.float32:
+        return f"they compute in float32, not in {dtype}"
+    if native.isa() == "baseline":
+        return "without AVX2 or AVX-512 the library's convolution is faster"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeConv:
+    """One convolution's packed weights, and what else its kernel needs to know."""
+
+    algorithm: str
+    packed: Tensor  # the scale folded in, in the algorithm's layout
+    weight: Tensor  # (K, C / groups, R, S) as the model holds it: read for data that is not finite
+    scale: Tensor  # (K,) float32
+    shift: Tensor  # (K,) float32
+    geometry: tuple[int, ...]  # stride, padding, dilation, groups
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wired:
+    """A convolution's place in a block: which values it reads, and its activation.
+
+    Values: 0 is the block's input, 1 a residual from outside, 2 + i the output of convolution i;
+    `residual` is -1 where there is none.
+    """
+
+    input: int
+    residual: int
+    act: str
+    negative_slope: float
+
+
+def pack(weight: Tensor, scale: Tensor | None, groups: int, algorithm: str) -> Tensor:
+    """Weights of (K, C / groups, R, S) times scale, in the layout of an algorithm.
+
+    Folded in float64, so that each packed number is rounded once.
+    """
+    folded = weight.detach().double()
+    if scale is not None:
+        folded = folded * scale.double().view(-1, 1, 1, 1)
+    return torch.ops.resnet_fused._pack_conv(folded, groups, algorithm)
+
+
+class Program:
+    """Convolutions that run in one call, one after the other: a residual block, or a single one."""
+
+    __slots__ = ("_arguments",)
+
+    def __init__(self, convs: Sequence[NativeConv], wiring: Sequence[Wired]) -> None:
+        numbers: list[int] = []
+        for conv, wired in zip(convs, wiring, strict=True):
+            numbers += [wired.input, wired.residual, *conv.geometry]
+        self._arguments = (
+            [c.packed for c in convs],
+            [c.weight for c in convs],
+            [c.scale for c in convs],
+            [c.shift for c in convs],
+            numbers,
+            [c.algorithm for c in convs],
+            [w.act for w in wiring],
+            [w.negative_slope for w in wiring],
+        )
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """The last convolution's output, channels_last."""
+        return torch.ops.resnet_fused._packed_convs.default(input, residual, *self._arguments)

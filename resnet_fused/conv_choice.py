@@ -1,0 +1,104 @@
+"""Which algorithm runs a convolution on the CPU: what can, and what it is expected to cost.
+
+Costs are multiply-adds at the processor's peak, so that they compare without knowing the machine.
+The constants were measured on one Zen 4 (2 cores, AVX-512); the ratios between algorithms are what
+matters, and those follow from counting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NATIVE = ("direct", "winograd2", "winograd4")
+"""The library's own algorithms; "onednn" is PyTorch's."""
+
+_PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
+_LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly empty
+_STRICT_CHANNELS = 64  # from here on F(2x2)'s error is no larger than the direct sum's
+_EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
+_WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory (25 GB/s, 235 GF/s)
+_CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
+_TRANSFORM_COST = {2: 16, 4: 15}  # of a tile's input or output, per channel and point
+_CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
+
+
+@dataclass(frozen=True, slots=True)
+class ConvProblem:
+    """One convolution with everything its speed depends on."""
+
+    batch: int
+    channels: int
+    size: tuple[int, int]  # of the input image
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+        return height, width
+
+
+def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
+    """The library's own algorithms that may run a problem under a precision policy."""
+    channels = problem.channels // problem.groups
+    outputs = problem.out_channels // problem.groups
+    if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
+        return ()
+    found = ["direct"]
+    if problem.kernel == (3, 3) and problem.stride == problem.dilation == (1, 1):
+        if policy == "default":
+            found += ["winograd2", "winograd4"]
+        elif channels >= _STRICT_CHANNELS:
+            found += ["winograd2"]
+    return tuple(found)
+
+
+def cost(problem: ConvProblem, algorithm: str) -> float:
+    """Expected time, in multiply-adds at the peak; for "onednn" too."""
+    channels = problem.channels // problem.groups
+    outputs = problem.out_channels // problem.groups
+    height, width = problem.out_size
+    pixels = problem.batch * height * width
+    taps = problem.kernel[0] * problem.kernel[1]
+    panels = math.ceil(outputs / _PANEL) * _PANEL
+    if algorithm == "onednn":
+        work = pixels * taps * channels * outputs * problem.groups / _EFFICIENCY
+        return max(work, _weight_cost(taps * channels * outputs * problem.groups)) + _CALL_COST
+    if algorithm == "direct":
+        work = pixels * taps * channels * panels * problem.groups / _EFFICIENCY
+        return max(work, _weight_cost(taps * channels * panels * problem.groups)) + _CALL_COST
+    largest = 4 if algorithm == "winograd4" else 2
+    rows, columns = _points(height, largest), _points(width, largest)
+    points = problem.batch * rows * columns
+    products = points * channels * panels * problem.groups / _EFFICIENCY
+    transforms = points * (channels + panels) * problem.groups * _TRANSFORM_COST[largest]
+    weights = (largest + 2) ** 2 * channels * panels * problem.groups
+    return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
+
+
+def choose(problem: ConvProblem, policy: str) -> str:
+    """The algorithm expected to be the fastest: one of :data:`NATIVE`, or "onednn"."""
+    return min((*candidates(problem, policy), "onednn"), key=lambda a: cost(problem, a))
+
+
+def _weight_cost(floats: int) -> float:
+    return max(0, floats - _CACHED_WEIGHTS) * _WEIGHT_COST
+
+
+def _points(length: int, largest: int) -> int:
+    """Points along one dimension that tiles of this size need (csrc/cpu/winograd.h)."""
+    if largest == 2:
+        return math.ceil(length / 2) * 4
+    whole, rest = divmod(length, 4)
+    return 6 * whole + {0: 0, 1: 3 if whole else 4, 2: 4, 3: 5}[rest]

@@ -1,0 +1,58 @@
+"""Values made from tensors, kept as long as nothing they were made from has changed.
+
+They are keyed on the identity, the version counter and the address of every tensor. So
+``load_state_dict``, an optimizer step, assigning a parameter, ``.to()`` and any in-place change
+outdate them. Writing through ``tensor.data`` or a NumPy view hides from the version counter, here as
+in autograd.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A value made from tensors, kept as long as they and its options have not changed.
+
+    Safe to share between threads. A copy (deepcopy, pickle) starts empty.
+    """
+
+    def __init__(self) -> None:
+        # The tensors are kept alive with it, so that no other one can take an identity.
+        self._kept: tuple[tuple[object, ...], Sequence[Tensor | None], T] | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Kept[T]], tuple[()]]:
+        return type(self), ()
+
+    def get(
+        self,
+        options: tuple[object, ...],
+        sources: Sequence[Tensor | None],
+        make: Callable[[], T],
+    ) -> T:
+        """The value for these tensors, made now if need be."""
+        key = (options, *map(_state, sources))
+        kept = self._kept
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        with self._lock, torch.no_grad():
+            value = make()
+            self._kept = key, sources, value
+        return value
+
+
+def _state(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
+    try:
+        return id(tensor), tensor._version, tensor.data_ptr()
+    except RuntimeError:
+        return object()  # an inference tensor has no version: nothing made from it is kept
