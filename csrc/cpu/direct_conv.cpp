@@ -14,7 +14,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "isa.h"
 #include "workspace.h"
@@ -26,6 +25,8 @@ namespace resnet_fused {
 namespace {
 
 constexpr int64_t kBandFloats = 64 << 10;  // 256 KiB, a quarter of a common L2
+constexpr int64_t kFewPixels = 512;
+constexpr int64_t kTilePixels = 14;  // of AVX-512's tiles; others take 6
 
 // All images as one row of pixels, where a 1 x 1 kernel leaves pixels as they are.
 void flatten(ConvArguments& conv, int64_t* strides) {
@@ -38,6 +39,10 @@ void flatten(ConvArguments& conv, int64_t* strides) {
   }
   s.width = s.out_width = s.batch * s.height * s.width;
   s.batch = s.height = s.out_height = 1;
+}
+
+bool is_flat(const ConvShape& shape) {
+  return shape.batch == 1 && shape.out_height == 1;
 }
 
 DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
@@ -55,7 +60,45 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   const bool joined = channels < 16 && s.dilation[1] == 1;  // the taps of a kernel row in one run
   task.band_channels = joined ? channels : (channels + 15) / 16 * 16 + 16;
   task.depth = joined ? s.kernel[1] * channels : channels;
+
+  // A unit is large enough to use weights from L3 many times, or small if they are in L2 anyway.
+  const int64_t per_pixel = (task.copies ? task.band_channels : channels) *
+                            (s.stride[0] / task.step(0)) * (s.stride[1] / task.step(1));
+  const int64_t weights = task.panels() * kPanel * channels * s.kernel[0] * s.kernel[1];
+  int64_t pixels = std::max(2 * kTilePixels, kBandFloats / per_pixel);
+  if (weights <= kBandFloats) pixels = std::min(pixels, 4 * kTilePixels);
+  const bool flat = is_flat(s);
+  task.unit_width = flat ? pixels / kTilePixels * kTilePixels : s.out_width;
+  task.unit_height = flat ? 1 : std::min(s.out_height, std::max<int64_t>(1, pixels / s.out_width));
+
+  const int64_t row = task.band_size(1, task.unit_width);
+  for (int64_t r = 0; r < s.kernel[0]; ++r) {
+    for (int64_t c = 0; c < (joined ? 1 : s.kernel[1]); ++c) {
+      task.segments.push_back((r * s.dilation[0] * row + c * s.dilation[1]) * task.band_channels);
+    }
+  }
   return task;
+}
+
+// Calls body(Place) for a share of the output: [first, last) counts rows of all images, or tiles of
+// the only row. Shares are cut evenly.
+template <class Body>
+void for_places(const DirectTask& task, bool flat, int64_t first, int64_t last, const Body& body) {
+  const ConvShape& s = task.conv.shape;
+  const int64_t most = flat ? task.unit_width / kTilePixels : task.unit_height;
+  while (first < last) {
+    const int64_t in_image =
+        flat ? last : std::min(last, (first / s.out_height + 1) * s.out_height);
+    const int64_t parts = (in_image - first + most - 1) / most;
+    const int64_t count = (in_image - first + parts - 1) / parts;
+    if (flat) {
+      const int64_t x = first * kTilePixels;
+      body(Place{0, 0, x, 1, std::min(count * kTilePixels, s.out_width - x)});
+    } else {
+      body(Place{first / s.out_height, first % s.out_height, 0, count, s.out_width});
+    }
+    first += count;
+  }
 }
 
 }  // namespace
@@ -87,58 +130,38 @@ void direct_pack(const double* weight, int64_t out_channels, int64_t channels, i
 }
 
 void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
-  DirectTask task = plan(arguments, input_strides);
+  const DirectTask task = plan(arguments, input_strides);
   const ConvShape& s = task.conv.shape;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const int64_t panels = s.groups * task.panels();
+  // Few pixels: the threads share out the output channels as well.
+  const bool split = s.batch * s.out_height * s.out_width <= kFewPixels;
+  const int64_t across = split ? std::min(threads, panels) : 1;
+  const bool flat = is_flat(s);
+  const int64_t pieces =
+      flat ? (s.out_width + kTilePixels - 1) / kTilePixels : s.batch * s.out_height;
+  const int64_t along = std::min(pieces, std::max<int64_t>(1, threads / across));
 
-  const char* eb = std::getenv("DIRECT_PIXELS");
-  const char* es = std::getenv("DIRECT_SPLIT");
-  const int64_t per_pixel = (task.copies ? task.band_channels : s.group_channels()) *
-                            (s.stride[0] / task.step(0)) * (s.stride[1] / task.step(1));
-  const int64_t packed = task.panels() * kPanel * s.group_channels() * s.kernel[0] * s.kernel[1];
-  int64_t unit = std::max<int64_t>(28, kBandFloats / per_pixel);
-  if (packed <= kBandFloats) unit = std::min<int64_t>(unit, 56);
-  if (eb) unit = std::atoi(eb);
-  bool split = pixels <= 512 && task.panels() >= threads;
-  if (es) split = std::atoi(es);
-  const int64_t splits = split ? std::min(threads, task.panels()) : 1;
-  if (s.out_height == 1) {
-    task.unit_height = 1;
-    // Equal shares of whole tiles for all threads.
-    const int64_t rounds = (pixels + unit * threads - 1) / (unit * threads);
-    const int64_t parts = split ? (pixels + unit - 1) / unit : rounds * threads;
-    task.unit_width = (pixels + parts - 1) / parts;
-    task.unit_width = std::min(s.out_width, (task.unit_width + 13) / 14 * 14);
-  } else {
-    task.unit_width = s.out_width;
-    task.unit_height = std::min(s.out_height, std::max<int64_t>(1, unit / s.out_width));
-  }
-  const int64_t width = task.copies ? task.band_size(1, task.unit_width) : 0;
-  for (int64_t r = 0; r < s.kernel[0]; ++r) {
-    for (int64_t c = 0; c < (task.depth > s.group_channels() || s.kernel[1] == 1 ? 1 : s.kernel[1]);
-         ++c) {
-      task.segments.push_back((r * s.dilation[0] * width + c * s.dilation[1]) * task.band_channels);
-    }
-  }
-  const int64_t units = s.groups * splits * task.units();
-  const int64_t workers = std::min(threads, units);
-  const int64_t most_runs = task.unit_height * (task.unit_width / 3 + 1);
-  const int64_t run_floats = most_runs * static_cast<int64_t>(sizeof(PixelRun) / sizeof(float));
+  const int64_t run_floats =
+      task.most_runs() * static_cast<int64_t>(sizeof(PixelRun) / sizeof(float));
   const int64_t each = (task.band() + run_floats + 1023) / 1024 * 1024;
-  const Workspace workspace(static_cast<size_t>(workers * each));
+  const Workspace workspace(static_cast<size_t>(along * across * each));
   const DirectKernel kernel = RESNET_FUSED_CALL(direct_kernel_address);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       float* const own = workspace.data() + worker * each;
-      PixelRun* const runs = reinterpret_cast<PixelRun*>(own);
-      const int64_t end = units * (worker + 1) / workers;
-      for (int64_t index = units * worker / workers; index < end; ++index) {
-        const int64_t part = index / task.units() % splits;
-        kernel(task, index % task.units(), index / task.units() / splits,
-               task.panels() * part / splits, task.panels() * (part + 1) / splits, own + run_floats,
-               runs);
-      }
+      const int64_t piece = worker / across, part = worker % across;
+      const int64_t begin = panels * part / across, end = panels * (part + 1) / across;
+      for_places(task, flat, pieces * piece / along, pieces * (piece + 1) / along,
+                 [&](const Place& place) {
+                   for (int64_t panel = begin; panel < end;) {
+                     const int64_t group = panel / task.panels(), start = group * task.panels();
+                     const int64_t stop = std::min(end, start + task.panels());
+                     kernel(task, place, group, panel - start, stop - start, own + run_floats,
+                            reinterpret_cast<PixelRun*>(own));
+                     panel = stop;
+                   }
+                 });
     }
   });
 }

@@ -17,17 +17,24 @@ struct PixelRun {
   int64_t length;
 };
 
+// Output rows of one image, or pixels of one row: what is computed from one band.
+struct Place {
+  int64_t image, y, x;  // first output row and pixel
+  int64_t height, width;
+};
+
 struct DirectTask {
   ConvArguments conv;
   int64_t input_strides[4];  // of (N, C, H, W), in floats
   bool copies;               // the input is read through a band in the workspace
   int64_t band_channels;     // floats from pixel to pixel of the band, of one group
-  int64_t unit_height;       // output rows and pixels of a unit of work
+  int64_t unit_height;       // most output rows and pixels of a Place
   int64_t unit_width;
   std::vector<int64_t> segments;  // where the taps lie, relative to the first one
   int64_t depth;                  // floats in a row, from each segment
 
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
+  int64_t panel_size() const { return static_cast<int64_t>(segments.size()) * depth * kPanel; }
   // A 1 x 1 kernel copies only the pixels it reads.
   int64_t step(int i) const { return conv.shape.kernel[i] == 1 ? conv.shape.stride[i] : 1; }
   int64_t band_size(int i, int64_t outputs) const {
@@ -38,15 +45,13 @@ struct DirectTask {
     if (!copies) return 0;
     return band_size(0, unit_height) * band_size(1, unit_width) * band_channels;
   }
-  int64_t units_down() const { return (conv.shape.out_height + unit_height - 1) / unit_height; }
-  int64_t units_across() const { return (conv.shape.out_width + unit_width - 1) / unit_width; }
-  int64_t units() const { return conv.shape.batch * units_down() * units_across(); }
+  int64_t most_runs() const { return unit_height * (unit_width / 3 + 1); }
 };
 
-// One unit of work, panels [begin, end) of one group; `band` holds task.band() floats and `runs`
-// unit_height * (unit_width / 3 + 1) runs.
-using DirectKernel = void (*)(const DirectTask& task, int64_t unit, int64_t group, int64_t begin,
-                              int64_t end, float* band, PixelRun* runs);
+// One place, panels [begin, end) of one group; `band` holds task.band() floats, `runs`
+// task.most_runs().
+using DirectKernel = void (*)(const DirectTask& task, const Place& place, int64_t group,
+                              int64_t begin, int64_t end, float* band, PixelRun* runs);
 
 // Packed weights: [group][panel of 32 outputs][tap][channel][32].
 size_t direct_packed_size(int64_t out_channels, int64_t group_channels, int64_t taps,

@@ -3,19 +3,6 @@
 
 #include "gemm_kernel.h"
 
-struct Place {
-  int64_t image, y, x;  // first output row and pixel
-  int64_t height, width;
-};
-
-inline Place unit_place(const DirectTask& task, int64_t unit) {
-  const int64_t across = task.units_across(), down = task.units_down();
-  const int64_t y = unit / across % down * task.unit_height, x = unit % across * task.unit_width;
-  const int64_t below = task.conv.shape.out_height - y, beside = task.conv.shape.out_width - x;
-  return {unit / across / down, y, x, below < task.unit_height ? below : task.unit_height,
-          beside < task.unit_width ? beside : task.unit_width};
-}
-
 inline void copy_pixel(const float* __restrict from, int64_t stride, int64_t channels,
                        float* __restrict to) {
   if (stride == 1) {
@@ -103,6 +90,7 @@ struct DirectTile {
   const int64_t* segments;
   int64_t segment_count, depth;
   const float* b;
+  ReadAhead ahead;
   int64_t out_channels;
 };
 
@@ -113,13 +101,21 @@ void multiply_tile(const DirectTile& tile, const Finish& finish) {
   const auto offset = [&](int r) {
     return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) * tile.out_channels;
   };
+  // Where the sums will go, so that they need not wait.
+  for (int r = 0; r < kRows; ++r) {
+    for (int column = 0; column < kPanel; column += 16) {
+      if (finish.residual != nullptr) __builtin_prefetch(finish.residual + offset(r) + column);
+      __builtin_prefetch(finish.output + offset(r) + column, 1);
+    }
+  }
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
     const float* b = tile.b + column;
+    ReadAhead ahead = tile.ahead;
     for (int64_t s = 0; s < tile.segment_count; ++s) {
       const float* a = tile.a + tile.segments[s];
       gemm_add<kRows>(sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b,
-                      tile.depth);
+                      tile.depth, ahead);
       b += tile.depth * kPanel;
     }
 #pragma GCC unroll 14
@@ -146,15 +142,24 @@ using Directs = DirectTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 using Directs = DirectTable<1, 2, 3, 4, 5, 6>;
 #endif
 
-inline void direct_kernel(const DirectTask& task, int64_t unit, int64_t group, int64_t begin,
+// Where the input is read in place, tiles of the first panel bring in the pixels of the next tile,
+// one line for each step of the sum; otherwise the first two tiles bring in the next panel.
+DEVICE_INLINE ReadAhead read_ahead(const DirectTask& task, const DirectTile& tile, int64_t done,
+                                   bool first_panel) {
+  if (first_panel && !task.copies) {
+    return {tile.a + tile.first.input + kGemmRows * tile.pixel_stride, 16};
+  }
+  if (done < 2) return {tile.b + task.panel_size() + done * 16, kPanel};
+  return {tile.b, 0};
+}
+
+inline void direct_kernel(const DirectTask& task, const Place& place, int64_t group, int64_t begin,
                           int64_t end, float* band, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
-  const Place place = unit_place(task, unit);
   if (task.copies) copy_band(task, place, group, band);
   const int64_t count = cut_runs(task, place, group, runs);
   const int64_t outputs = shape.group_out_channels();
   const int64_t segments = static_cast<int64_t>(task.segments.size());
-  const int64_t panel_size = segments * task.depth * kPanel;
   DirectTile tile{task.copies ? band : task.conv.input,
                   {},
                   {},
@@ -163,6 +168,7 @@ inline void direct_kernel(const DirectTask& task, int64_t unit, int64_t group, i
                   segments,
                   task.depth,
                   nullptr,
+                  {},
                   shape.out_channels};
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t channel = group * outputs + panel * kPanel;
@@ -173,14 +179,15 @@ inline void direct_kernel(const DirectTask& task, int64_t unit, int64_t group, i
                         left < kPanel ? left : kPanel,
                         task.conv.act,
                         task.conv.negative_slope};
-    tile.b = task.conv.packed + (group * task.panels() + panel) * panel_size;
-    for (int64_t i = 0; i < count;) {
+    tile.b = task.conv.packed + (group * task.panels() + panel) * task.panel_size();
+    for (int64_t i = 0, done = 0; i < count; ++done) {
       tile.first = tile.second = runs[i++];
       int64_t rows = tile.first.length;
       if (rows == kHalf && i < count) {
         tile.second = runs[i++];
         rows += tile.second.length;
       }
+      tile.ahead = read_ahead(task, tile, done, panel == begin);
       Directs::kByRows[rows - 1](tile, finish);
     }
   }

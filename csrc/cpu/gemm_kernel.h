@@ -13,6 +13,12 @@ constexpr int kHalf = kLanes == 16 ? 7 : 3;
 constexpr int kGemmRows = 2 * kHalf;
 constexpr int kTileColumnsInRegisters = 2 * kLanes;
 
+// Weights that are needed next, read ahead into L2: one cache line per row of B.
+struct ReadAhead {
+  const float* next;
+  int64_t step;  // floats; 0 reads nothing more
+};
+
 struct GemmRows {
   const float* first;   // row 0
   const float* second;  // row kHalf
@@ -22,7 +28,7 @@ struct GemmRows {
 
 template <int kRows>
 DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const float* b,
-                            int64_t depth) {
+                            int64_t depth, ReadAhead& ahead) {
   const float* first = a.first;
   const float* second = a.second;
   for (int64_t chunk = 0; chunk < depth; chunk += 16) {
@@ -39,6 +45,8 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
         sums[r][1] += value * b1;
       }
       b += kPanel;
+      __builtin_prefetch(ahead.next, 0, 2);
+      ahead.next += ahead.step;
     }
     first += a.chunk_stride;
     second += a.chunk_stride;
@@ -47,10 +55,10 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
 
 // c[row][32] = A B
 template <int kRows>
-void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, float* c) {
+void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, ReadAhead ahead, float* c) {
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
-    gemm_add<kRows>(sums, a, b + column, depth);
+    gemm_add<kRows>(sums, a, b + column, depth, ahead);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       store(c + r * kPanel + column, sums[r][0]);

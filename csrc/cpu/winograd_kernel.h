@@ -151,8 +151,10 @@ inline void multiply_point(const float* transformed, int64_t rows, const float* 
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     const float* first = transformed + begin * 16;
+    const ReadAhead ahead{part < 2 ? weights + depth * kPanel + part * 16 : weights,
+                          part < 2 ? kPanel : 0};
     Gemms::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights, depth,
-                                    products + begin * kPanel);
+                                    ahead, products + begin * kPanel);
   }
 }
 
