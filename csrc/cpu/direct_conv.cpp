@@ -68,13 +68,14 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   int64_t pixels = std::max(2 * kTilePixels, kBandFloats / per_pixel);
   if (weights <= kBandFloats) pixels = std::min(pixels, 4 * kTilePixels);
   const bool flat = is_flat(s);
-  task.unit_width = flat ? pixels / kTilePixels * kTilePixels : s.out_width;
+  const int64_t tiles = (s.out_width + kTilePixels - 1) / kTilePixels;
+  task.unit_width = flat ? std::min(tiles, pixels / kTilePixels) * kTilePixels : s.out_width;
   task.unit_height = flat ? 1 : std::min(s.out_height, std::max<int64_t>(1, pixels / s.out_width));
 
-  const int64_t row = task.band_size(1, task.unit_width);
   for (int64_t r = 0; r < s.kernel[0]; ++r) {
     for (int64_t c = 0; c < (joined ? 1 : s.kernel[1]); ++c) {
-      task.segments.push_back((r * s.dilation[0] * row + c * s.dilation[1]) * task.band_channels);
+      task.segments.push_back(r * s.dilation[0] * task.band_row() +
+                              c * s.dilation[1] * task.band_channels);
     }
   }
   return task;

@@ -41,10 +41,8 @@ struct DirectTask {
     const ConvShape& s = conv.shape;
     return (outputs - 1) * (s.stride[i] / step(i)) + (s.kernel[i] - 1) * s.dilation[i] + 1;
   }
-  int64_t band() const {
-    if (!copies) return 0;
-    return band_size(0, unit_height) * band_size(1, unit_width) * band_channels;
-  }
+  int64_t band_row() const { return band_size(1, unit_width) * band_channels; }
+  int64_t band() const { return copies ? band_size(0, unit_height) * band_row() : 0; }
   int64_t most_runs() const { return unit_height * (unit_width / 3 + 1); }
 };
 

@@ -22,7 +22,7 @@ inline void copy_band(const DirectTask& task, const Place& place, int64_t group,
   const float* image = task.conv.input + place.image * stride[0] + group * channels * stride[1];
   for (int64_t i = 0; i < height; ++i) {
     const int64_t y = place.y * shape.stride[0] - shape.padding[0] + i * task.step(0);
-    float* row = band + i * width * task.band_channels;
+    float* row = band + i * task.band_row();
     if (y < 0 || y >= shape.height) {
       for (int64_t n = 0; n < width * task.band_channels; ++n) row[n] = 0.0f;
       continue;
@@ -64,9 +64,7 @@ DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
 inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
   const int64_t* stride = task.input_strides;
-  const int64_t row_stride = task.copies ? shape.stride[0] / task.step(0) *
-                                               task.band_size(1, place.width) * task.band_channels
-                                         : shape.stride[0] * stride[2];
+  const int64_t row_stride = task.copies ? shape.stride[0] / task.step(0) * task.band_row() : shape.stride[0] * stride[2];
   const int64_t start = task.copies ? 0
                                     : place.image * stride[0] + group * shape.group_channels() +
                                           place.y * row_stride + place.x * pixel_stride(task);
