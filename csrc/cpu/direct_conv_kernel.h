@@ -64,7 +64,8 @@ DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
 inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
   const int64_t* stride = task.input_strides;
-  const int64_t row_stride = task.copies ? shape.stride[0] / task.step(0) * task.band_row() : shape.stride[0] * stride[2];
+  const int64_t row_stride =
+      task.copies ? shape.stride[0] / task.step(0) * task.band_row() : shape.stride[0] * stride[2];
   const int64_t start = task.copies ? 0
                                     : place.image * stride[0] + group * shape.group_channels() +
                                           place.y * row_stride + place.x * pixel_stride(task);

@@ -102,6 +102,24 @@ void transform_input(const float* const* pixels, int64_t channels, const PointRo
   transform_input_chunk<kHeight, kWidth>(pointers, 0, points, whole);
 }
 
+// Where a tile's pixels lie; outside of the image they are zero.
+inline void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t group,
+                          const float* zeros, const float** pixels) {
+  const ConvShape& shape = task.conv.shape;
+  for (int64_t i = 0, n = 0; i < tile.height + 2; ++i) {
+    const int64_t y = tile.y + i - shape.padding[0];
+    const bool row_inside = y >= 0 && y < shape.height;
+    const float* row = task.conv.input +
+                       (tile.image * shape.height + y) * shape.width * shape.channels +
+                       group * shape.group_channels();
+    for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
+      const int64_t x = tile.x + j - shape.padding[1];
+      const bool inside = row_inside && x >= 0 && x < shape.width;
+      pixels[n] = inside ? row + x * shape.channels : zeros;
+    }
+  }
+}
+
 inline void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
                              float* transformed, const float* zeros) {
   constexpr decltype(&transform_input<2, 2>) kBySize[3][3] = {
@@ -113,17 +131,10 @@ inline void transform_inputs(const WinogradTask& task, const WinogradBlock& bloc
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
     const float* pixels[kWinogradMostPoints];
+    locate_pixels(task, tile, group, zeros, pixels);
     PointRow points[kWinogradMostPoints];
     for (int64_t i = 0, n = 0; i < tile.height + 2; ++i) {
-      const int64_t y = tile.y + i - shape.padding[0];
       for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
-        const int64_t x = tile.x + j - shape.padding[1];
-        const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
-        pixels[n] = inside
-                        ? task.conv.input +
-                              ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
-                              group * channels
-                        : zeros;
         const int64_t p =
             point_of(task.largest, tile.height, i) * along + point_of(task.largest, tile.width, j);
         points[n] = {transformed + p * task.input_slice() + tile.row[p] * 16, block.rows[p] * 16};
@@ -263,6 +274,25 @@ inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, in
   }
 }
 
+// Brings in the lines that a tile will write, and those of its residual.
+inline void expect_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
+                        int64_t panel) {
+  const ConvShape& shape = task.conv.shape;
+  const int64_t channel = group * shape.group_out_channels() + panel * kPanel;
+  for (int64_t i = 0; i < tile.height && tile.y + i < shape.out_height; ++i) {
+    for (int64_t j = 0; j < tile.width && tile.x + j < shape.out_width; ++j) {
+      const int64_t offset =
+          ((tile.image * shape.out_height + tile.y + i) * shape.out_width + tile.x + j) *
+              shape.out_channels +
+          channel;
+      for (int64_t c = 0; c < kPanel; c += 16) {
+        if (task.conv.residual != nullptr) __builtin_prefetch(task.conv.residual + offset + c);
+        __builtin_prefetch(task.conv.output + offset + c, 1);
+      }
+    }
+  }
+}
+
 inline void transform_outputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
                               int64_t panel, const float* products) {
   constexpr decltype(&transform_output<2, 2>) kBySize[3][3] = {
@@ -310,6 +340,11 @@ inline void winograd_kernel(const WinogradTask& task, int64_t first, int64_t cou
     const float* weights =
         task.conv.packed + (group * task.panels() + panel) * task.points() * depth * kPanel;
     for (int64_t p = 0; p < task.points(); ++p) {
+      // Meanwhile the lines that the output will be written to come in, a few tiles per point.
+      const int64_t expected = block.count * (p + 1) / task.points();
+      for (int64_t t = block.count * p / task.points(); t < expected; ++t) {
+        expect_tile(task, block.tiles[t], group, panel);
+      }
       if (block.rows[p] == 0) continue;
       multiply_point(transformed + p * task.input_slice(), block.rows[p],
                      weights + p * depth * kPanel, depth, products + p * task.product_slice());
