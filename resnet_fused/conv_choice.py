@@ -56,11 +56,11 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
         return ()
     found = ["direct"]
-    if problem.kernel == (3, 3) and problem.stride == problem.dilation == (1, 1):
-        if policy == "default":
-            found += ["winograd2", "winograd4"]
-        elif channels >= _STRICT_CHANNELS:
-            found += ["winograd2"]
+    if problem.kernel == (3, 3) and problem.dilation == (1, 1):
+        if problem.stride == (1, 1) and (policy == "default" or channels >= _STRICT_CHANNELS):
+            found.append("winograd2")
+        if problem.stride in ((1, 1), (2, 2)) and policy == "default":
+            found.append("winograd4")
     return tuple(found)
 
 
@@ -78,11 +78,10 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     if algorithm == "direct":
         work = pixels * taps * channels * panels * problem.groups / _EFFICIENCY
         return max(work, _weight_cost(taps * channels * panels * problem.groups)) + _CALL_COST
-    largest = 4 if algorithm == "winograd4" else 2
-    rows, columns = _points(height, largest), _points(width, largest)
-    points = problem.batch * rows * columns
-    products = points * channels * panels * problem.groups / _EFFICIENCY
-    transforms = points * (channels + panels) * problem.groups * _TRANSFORM_COST[largest]
+    largest, stride = 4 if algorithm == "winograd4" else 2, problem.stride[0]
+    entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
+    products = entries * channels * panels * problem.groups / _EFFICIENCY
+    transforms = entries * (channels + panels) * problem.groups * _TRANSFORM_COST[largest]
     weights = (largest + 2) ** 2 * channels * panels * problem.groups
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
@@ -96,9 +95,13 @@ def _weight_cost(floats: int) -> float:
     return max(0, floats - _CACHED_WEIGHTS) * _WEIGHT_COST
 
 
-def _points(length: int, largest: int) -> int:
-    """Points along one dimension that tiles of this size need (csrc/cpu/winograd.h)."""
+def _entries(length: int, largest: int, stride: int) -> int:
+    """What one dimension is transformed to, by tiles of at most so many outputs."""
+    # A tile of m outputs takes m + 2 points, with stride 2 2m + 1 (csrc/cpu/winograd.h).
+    size = {m: m + 2 if stride == 1 else 2 * m + 1 for m in (2, 3, 4)}
     if largest == 2:
-        return math.ceil(length / 2) * 4
+        return math.ceil(length / 2) * size[2]
     whole, rest = divmod(length, 4)
-    return 6 * whole + {0: 0, 1: 3 if whole else 4, 2: 4, 3: 5}[rest]
+    if rest == 1 and whole:
+        return (whole - 1) * size[4] + size[3] + size[2]
+    return whole * size[4] + (size[max(rest, 2)] if rest else 0)

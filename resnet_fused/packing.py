@@ -114,7 +114,7 @@ class Folded:
     def _native(self, algorithm: str, size: tuple[int, ...]) -> NativeConv:
         if algorithm not in self.packed:
             self.packed[algorithm] = native_conv.pack(
-                self.weight, self.scale, self.groups, algorithm
+                self.weight, self.scale, self.stride[0], self.groups, algorithm
             )
         geometry = (*self.stride, *self.padding, *self.dilation, self.groups)
         return NativeConv(

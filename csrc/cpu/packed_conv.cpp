@@ -57,6 +57,12 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
         ": Winograd takes 3 x 3 kernels, got shape ", shape_text(weight.sizes()));
 }
 
+void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
+  const int64_t most = algorithm == Algorithm::winograd4 ? 2 : 1;
+  check(!is_winograd(algorithm) || (y == x && y >= 1 && y <= most), caller,
+        ": winograd4 takes stride 1 or 2, winograd2 stride 1, got ", y, " and ", x);
+}
+
 int64_t packed_size(const Tensor& weight, int64_t groups, Algorithm algorithm) {
   const size_t size =
       is_winograd(algorithm)
@@ -66,10 +72,12 @@ int64_t packed_size(const Tensor& weight, int64_t groups, Algorithm algorithm) {
   return static_cast<int64_t>(size);
 }
 
-Tensor pack_conv(const Tensor& weight, int64_t groups, const std::string& algorithm_name) {
+Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
+                 const std::string& algorithm_name) {
   constexpr const char* caller = "_pack_conv";
   const Algorithm algorithm = parse_algorithm(caller, algorithm_name);
   check_weight(caller, weight, groups, algorithm);
+  check_stride(caller, stride, stride, algorithm);
   check(weight.scalar_type() == ScalarType::Double, caller,
         ": weight must be float64, so that folding rounds once, got ",
         dtype_name(weight.scalar_type()));
@@ -79,7 +87,7 @@ Tensor pack_conv(const Tensor& weight, int64_t groups, const std::string& algori
   Tensor packed = pool_empty({&size, 1}, MemoryFormat::Contiguous, ScalarType::Float);
   float* to = static_cast<float*>(packed.mutable_data_ptr());
   if (is_winograd(algorithm)) {
-    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), to);
+    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, to);
   } else {
     direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, to);
   }
@@ -199,9 +207,9 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
     check(weights[i].scalar_type() == ScalarType::Float, op, ": weight must be float32, got ",
           dtype_name(weights[i].scalar_type()));
     const ConvShape shape = conv_shape(values[n.input].sizes, weights[i], n);
-    check(!is_winograd(algorithm) ||
-              (n.stride[0] == 1 && n.stride[1] == 1 && n.dilation[0] == 1 && n.dilation[1] == 1),
-          op, ": Winograd takes stride 1 and dilation 1");
+    check_stride(op, n.stride[0], n.stride[1], algorithm);
+    check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
+          ": Winograd takes dilation 1");
     const int64_t size = packed_size(weights[i], n.groups, algorithm);
     check(packed[i].is_cpu() && packed[i].scalar_type() == ScalarType::Float &&
               packed[i].dim() == 1 && packed[i].size(0) == size,
@@ -271,7 +279,7 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
-  m.def("_pack_conv(Tensor weight, int groups, str algorithm) -> Tensor");
+  m.def("_pack_conv(Tensor weight, int stride, int groups, str algorithm) -> Tensor");
   m.def(
       "_packed_convs(Tensor input, Tensor? residual, Tensor[] packed, Tensor[] weights, "
       "Tensor[] scales, Tensor[] shifts, int[] steps, str[] algorithms, str[] acts, "

@@ -32,13 +32,17 @@
 namespace resnet_fused {
 namespace {
 
-// U_p = g(p) = g[0] + g[1] p + g[2] p^2, and g[2] at infinity.
+// The weights of a line as sums of taps: U_p = g[0] + g[1] p + g[2] p^2, and g[2] at infinity. With
+// stride 2 the even inputs' kernel is g[0] + g[2] p, and the odd ones' g[1].
+using Taps = double[3];
+constexpr Taps kWeights4[6] = {{1, 0, 0},      {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
+                               {1, 1.5, 2.25}, {1, -1.5, 2.25},   {0, 0, 1}};
+constexpr Taps kWeights2[4] = {{1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
+constexpr Taps kStridedWeights4[6] = {{1, 0, 0},   {1, 0, 0.75}, {1, 0, -0.75},
+                                      {1, 0, 1.5}, {0, 0, 1},    {0, 1, 0}};
+
 // Floats above which weights come from L3 or memory at every block: F(4 x 4) of 256 x 256 channels.
 constexpr int64_t kManyWeights = int64_t(2) << 20;
-
-constexpr double kPoints4[6][3] = {{1, 0, 0},      {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
-                                   {1, 1.5, 2.25}, {1, -1.5, 2.25},   {0, 0, 1}};
-constexpr double kPoints2[4][3] = {{1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
 
 }  // namespace
 
@@ -50,8 +54,8 @@ size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_
 }
 
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, float* packed) {
-  const auto* const g = largest == 4 ? kPoints4 : kPoints2;
+                   int64_t largest, int64_t stride, float* packed) {
+  const Taps* const g = largest == 2 ? kWeights2 : stride == 2 ? kStridedWeights4 : kWeights4;
   const int64_t along = largest + 2, outputs = out_channels / groups;
   const int64_t panels = (outputs + kPanel - 1) / kPanel;
   torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
@@ -92,7 +96,7 @@ void winograd_run(const ConvArguments& conv, const float* weight, const int64_t*
 
   // Many channels or few tiles: the threads share out the output channels, so that each reads a
   // part of the weights and not all of them, and transforms every tile itself.
-  const int64_t weights = task.panels() * kPanel * channels * task.points();
+  const int64_t weights = task.panels() * kPanel * channels * task.weights();
   const bool split = task.panels() >= threads && weights > kManyWeights &&
                      tiles <= threads * kWinogradLargestBlock;
   const int64_t most = split ? kWinogradLargestBlock / 2 : 14;

@@ -30,7 +30,8 @@ struct WinogradTiles {
   bool splits() const { return largest == 4 && length % 4 == 1 && length > 1; }
 };
 
-constexpr int64_t kWinogradMostPoints = 36;
+constexpr int64_t kWinogradMostEntries = 81;  // numbers of one channel that a tile becomes
+constexpr int64_t kWinogradMostWeights = 36;  // weights of one channel that they meet
 constexpr int64_t kWinogradLargestBlock = 64;
 
 struct WinogradTask {
@@ -41,14 +42,29 @@ struct WinogradTask {
   int64_t largest;     // outputs along one side of a tile
   int64_t block;       // tiles transformed and multiplied together, kWinogradLargestBlock at most
 
-  int64_t points_along() const { return largest + 2; }
-  int64_t points() const { return points_along() * points_along(); }
+  int64_t stride() const { return conv.shape.stride[0]; }
+  // Weights along one dimension: one a point, and with stride 2 one for the odd inputs, `largest`
+  // of which share it.
+  int64_t weights_along() const { return largest + 2; }
+  int64_t weights() const { return weights_along() * weights_along(); }
+  // Rows of a full block that meet a weight.
+  int64_t most_rows(int64_t weight) const {
+    const bool odd_y = stride() == 2 && weight / weights_along() == largest + 1;
+    const bool odd_x = stride() == 2 && weight % weights_along() == largest + 1;
+    return block * (odd_y ? largest : 1) * (odd_x ? largest : 1);
+  }
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
-  // Floats from one point's matrix to the next; 64 bytes more than it takes, so that the same rows
-  // of all points do not fall into the same cache sets.
-  int64_t input_slice() const { return (conv.shape.group_channels() + 15) / 16 * 16 * block + 16; }
-  int64_t product_slice() const { return kPanel * block + 16; }
-  int64_t workspace() const { return points() * (input_slice() + product_slice()); }
+  // Floats of one weight's matrices; 64 bytes more than they take, so that the same rows of all do
+  // not fall into the same cache sets.
+  int64_t input_slice(int64_t weight) const {
+    return (conv.shape.group_channels() + 15) / 16 * 16 * most_rows(weight) + 16;
+  }
+  int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
+  int64_t workspace() const {
+    int64_t floats = 0;
+    for (int64_t w = 0; w < weights(); ++w) floats += input_slice(w) + product_slice(w);
+    return floats;
+  }
 };
 
 // Tiles [first, first + count) of all images, panels [begin, end) of one group. `workspace` is 64
@@ -57,12 +73,12 @@ using WinogradKernel = void (*)(const WinogradTask& task, int64_t first, int64_t
                                 int64_t group, int64_t begin, int64_t end, float* workspace,
                                 const float* zeros);
 
-// Packed weights: [group][panel of 32 outputs][point][channel][32].
+// Packed weights: [group][panel of 32 outputs][weight][channel][32].
 size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_t groups,
                             int64_t largest);
 // `weight` is [out_channels][channels][3][3], `channels` those of one group.
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, float* packed);
+                   int64_t largest, int64_t stride, float* packed);
 void winograd_run(const ConvArguments& conv, const float* weight, const int64_t* weight_strides,
                   const float* scale, int64_t largest);
 

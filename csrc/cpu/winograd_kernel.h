@@ -4,23 +4,35 @@
 #include "gemm_kernel.h"
 #include "winograd_transform.h"
 
-// Which of the convolution's points a tile uses, along one dimension.
-constexpr int8_t kPointsOf[3][6] = {{0, 1, 2, 5, 0, 0}, {0, 1, 2, 3, 5, 0}, {0, 1, 2, 3, 4, 5}};
+// Which of the convolution's weights the numbers of a line meet: with stride 1 the tile's points,
+// with stride 2 those of the even inputs, then the odd inputs' weight `outputs` times.
+constexpr int8_t kWeightsOf[3][6] = {{0, 1, 2, 5, 0, 0}, {0, 1, 2, 3, 5, 0}, {0, 1, 2, 3, 4, 5}};
+constexpr int8_t kEvenWeightsOf[3][5] = {{0, 1, 4, 0, 0}, {0, 1, 2, 4, 0}, {0, 1, 2, 3, 4}};
 
-DEVICE_INLINE int64_t point_of(int64_t largest, int64_t size, int64_t i) {
-  return largest == 2 ? i : kPointsOf[size - 2][i];
+DEVICE_INLINE int64_t weight_of(const WinogradTask& task, int64_t outputs, int64_t i) {
+  if (task.stride() == 2) return i > outputs ? task.largest + 1 : kEvenWeightsOf[outputs - 2][i];
+  return task.largest == 2 ? i : kWeightsOf[outputs - 2][i];
+}
+
+// Inputs of a line of a tile, and numbers they become.
+DEVICE_INLINE int64_t line_size(const WinogradTask& task, int64_t outputs) {
+  return task.stride() == 2 ? 2 * outputs + 1 : outputs + 2;
 }
 
 struct WinogradTile {
   int64_t image, y, x;  // of its first output
   int64_t height, width;
-  int16_t row[kWinogradMostPoints];  // of its data in each point's matrix
+  int64_t entries;
+  int8_t weight[kWinogradMostEntries];  // that each of its numbers meets
+  int16_t row[kWinogradMostEntries];    // and the row there
 };
 
 struct WinogradBlock {
   WinogradTile tiles[kWinogradLargestBlock];
   int64_t count;
-  int64_t rows[kWinogradMostPoints];
+  int64_t rows[kWinogradMostWeights];
+  int64_t inputs[kWinogradMostWeights];  // where each weight's matrices begin in the workspace
+  int64_t products[kWinogradMostWeights];
 };
 
 inline void cut_block(const WinogradTask& task, int64_t first, int64_t count,
@@ -28,9 +40,17 @@ inline void cut_block(const WinogradTask& task, int64_t first, int64_t count,
   const WinogradTiles vertical{task.conv.shape.out_height, task.largest};
   const WinogradTiles horizontal{task.conv.shape.out_width, task.largest};
   const int64_t across = horizontal.count(), per_image = vertical.count() * across;
-  const int64_t along = task.points_along();
   block.count = count;
-  for (int64_t p = 0; p < task.points(); ++p) block.rows[p] = 0;
+  int64_t offset = 0;
+  for (int64_t w = 0; w < task.weights(); ++w) {
+    block.rows[w] = 0;
+    block.inputs[w] = offset;
+    offset += task.input_slice(w);
+  }
+  for (int64_t w = 0; w < task.weights(); ++w) {
+    block.products[w] = offset;
+    offset += task.product_slice(w);
+  }
   for (int64_t t = 0; t < count; ++t) {
     WinogradTile& tile = block.tiles[t];
     const int64_t index = (first + t) % per_image;
@@ -39,11 +59,13 @@ inline void cut_block(const WinogradTask& task, int64_t first, int64_t count,
     tile.x = horizontal.start(index % across);
     tile.height = vertical.size(index / across);
     tile.width = horizontal.size(index % across);
-    for (int64_t i = 0; i < tile.height + 2; ++i) {
-      for (int64_t j = 0; j < tile.width + 2; ++j) {
-        const int64_t p =
-            point_of(task.largest, tile.height, i) * along + point_of(task.largest, tile.width, j);
-        tile.row[p] = static_cast<int16_t>(block.rows[p]++);
+    tile.entries = 0;
+    for (int64_t i = 0; i < line_size(task, tile.height); ++i) {
+      const int64_t above = weight_of(task, tile.height, i) * task.weights_along();
+      for (int64_t j = 0; j < line_size(task, tile.width); ++j) {
+        const int64_t w = above + weight_of(task, tile.width, j);
+        tile.weight[tile.entries] = static_cast<int8_t>(w);
+        tile.row[tile.entries++] = static_cast<int16_t>(block.rows[w]++);
       }
     }
   }
@@ -51,46 +73,48 @@ inline void cut_block(const WinogradTask& task, int64_t first, int64_t count,
 
 // ---- input -------------------------------------------------------------------------------------
 
-struct PointRow {
+struct EntryPlace {
   float* data;
   int64_t chunk_stride;
 };
 
-template <int kHeight, int kWidth>
-void transform_input_chunk(const float* const* pixels, int64_t channel, const PointRow* points,
+template <int kHeight, int kWidth, int kStride>
+void transform_input_chunk(const float* const* pixels, int64_t channel, const EntryPlace* entries,
                            int64_t chunk) {
+  using Column = Line<kHeight, kStride>;
+  using Row = Line<kWidth, kStride>;
   for (int lane = 0; lane < 16; lane += kLanes) {
-    Vector half[kWidth + 2][kHeight + 2];
-#pragma GCC unroll 6
-    for (int x = 0; x < kWidth + 2; ++x) {
-      Vector d[kHeight + 2];
-#pragma GCC unroll 6
-      for (int y = 0; y < kHeight + 2; ++y) {
-        d[y] = load(pixels[y * (kWidth + 2) + x] + channel + lane);
+    Vector half[Row::kSize][Column::kSize];
+#pragma GCC unroll 9
+    for (int x = 0; x < Row::kSize; ++x) {
+      Vector d[Column::kSize];
+#pragma GCC unroll 9
+      for (int y = 0; y < Column::kSize; ++y) {
+        d[y] = load(pixels[y * Row::kSize + x] + channel + lane);
       }
-      Transform<kHeight>::input(d, half[x]);
+      Column::input(d, half[x]);
     }
-#pragma GCC unroll 6
-    for (int y = 0; y < kHeight + 2; ++y) {
-      Vector d[kWidth + 2], v[kWidth + 2];
-#pragma GCC unroll 6
-      for (int x = 0; x < kWidth + 2; ++x) d[x] = half[x][y];
-      Transform<kWidth>::input(d, v);
-#pragma GCC unroll 6
-      for (int x = 0; x < kWidth + 2; ++x) {
-        const PointRow& point = points[y * (kWidth + 2) + x];
-        store(point.data + chunk * point.chunk_stride + lane, v[x]);
+#pragma GCC unroll 9
+    for (int y = 0; y < Column::kSize; ++y) {
+      Vector d[Row::kSize], v[Row::kSize];
+#pragma GCC unroll 9
+      for (int x = 0; x < Row::kSize; ++x) d[x] = half[x][y];
+      Row::input(d, v);
+#pragma GCC unroll 9
+      for (int x = 0; x < Row::kSize; ++x) {
+        const EntryPlace& entry = entries[y * Row::kSize + x];
+        store(entry.data + chunk * entry.chunk_stride + lane, v[x]);
       }
     }
   }
 }
 
-template <int kHeight, int kWidth>
-void transform_input(const float* const* pixels, int64_t channels, const PointRow* points) {
-  constexpr int kPixels = (kHeight + 2) * (kWidth + 2);
+template <int kHeight, int kWidth, int kStride>
+void transform_input(const float* const* pixels, int64_t channels, const EntryPlace* entries) {
+  constexpr int kPixels = Line<kHeight, kStride>::kSize * Line<kWidth, kStride>::kSize;
   const int64_t whole = channels / 16;
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    transform_input_chunk<kHeight, kWidth>(pixels, chunk * 16, points, chunk);
+    transform_input_chunk<kHeight, kWidth, kStride>(pixels, chunk * 16, entries, chunk);
   }
   if (channels % 16 == 0) return;
   float rest[kPixels][16] = {};
@@ -99,21 +123,35 @@ void transform_input(const float* const* pixels, int64_t channels, const PointRo
     pointers[i] = rest[i];
     for (int64_t c = 0; c < channels % 16; ++c) rest[i][c] = pixels[i][whole * 16 + c];
   }
-  transform_input_chunk<kHeight, kWidth>(pointers, 0, points, whole);
+  transform_input_chunk<kHeight, kWidth, kStride>(pointers, 0, entries, whole);
 }
+
+// [stride - 1][height - 2][width - 2]
+#define BY_TILE(function)                                              \
+  {                                                                    \
+    {{function<2, 2, 1>, function<2, 3, 1>, function<2, 4, 1>},        \
+     {function<3, 2, 1>, function<3, 3, 1>, function<3, 4, 1>},        \
+     {function<4, 2, 1>, function<4, 3, 1>, function<4, 4, 1>}},       \
+    {                                                                  \
+      {function<2, 2, 2>, function<2, 3, 2>, function<2, 4, 2>},       \
+          {function<3, 2, 2>, function<3, 3, 2>, function<3, 4, 2>}, { \
+        function<4, 2, 2>, function<4, 3, 2>, function<4, 4, 2>        \
+      }                                                                \
+    }                                                                  \
+  }
 
 // Where a tile's pixels lie; outside of the image they are zero.
 inline void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t group,
                           const float* zeros, const float** pixels) {
   const ConvShape& shape = task.conv.shape;
-  for (int64_t i = 0, n = 0; i < tile.height + 2; ++i) {
-    const int64_t y = tile.y + i - shape.padding[0];
+  for (int64_t i = 0, n = 0; i < line_size(task, tile.height); ++i) {
+    const int64_t y = tile.y * task.stride() + i - shape.padding[0];
     const bool row_inside = y >= 0 && y < shape.height;
     const float* row = task.conv.input +
                        (tile.image * shape.height + y) * shape.width * shape.channels +
                        group * shape.group_channels();
-    for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
-      const int64_t x = tile.x + j - shape.padding[1];
+    for (int64_t j = 0; j < line_size(task, tile.width); ++j, ++n) {
+      const int64_t x = tile.x * task.stride() + j - shape.padding[1];
       const bool inside = row_inside && x >= 0 && x < shape.width;
       pixels[n] = inside ? row + x * shape.channels : zeros;
     }
@@ -121,26 +159,19 @@ inline void locate_pixels(const WinogradTask& task, const WinogradTile& tile, in
 }
 
 inline void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
-                             float* transformed, const float* zeros) {
-  constexpr decltype(&transform_input<2, 2>) kBySize[3][3] = {
-      {transform_input<2, 2>, transform_input<2, 3>, transform_input<2, 4>},
-      {transform_input<3, 2>, transform_input<3, 3>, transform_input<3, 4>},
-      {transform_input<4, 2>, transform_input<4, 3>, transform_input<4, 4>}};
-  const ConvShape& shape = task.conv.shape;
-  const int64_t channels = shape.group_channels(), along = task.points_along();
+                             float* workspace, const float* zeros) {
+  static constexpr decltype(&transform_input<2, 2, 1>) kByTile[2][3][3] = BY_TILE(transform_input);
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
-    const float* pixels[kWinogradMostPoints];
+    const float* pixels[kWinogradMostEntries];
     locate_pixels(task, tile, group, zeros, pixels);
-    PointRow points[kWinogradMostPoints];
-    for (int64_t i = 0, n = 0; i < tile.height + 2; ++i) {
-      for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
-        const int64_t p =
-            point_of(task.largest, tile.height, i) * along + point_of(task.largest, tile.width, j);
-        points[n] = {transformed + p * task.input_slice() + tile.row[p] * 16, block.rows[p] * 16};
-      }
+    EntryPlace entries[kWinogradMostEntries];
+    for (int64_t n = 0; n < tile.entries; ++n) {
+      const int64_t w = tile.weight[n];
+      entries[n] = {workspace + block.inputs[w] + tile.row[n] * 16, block.rows[w] * 16};
     }
-    kBySize[tile.height - 2][tile.width - 2](pixels, channels, points);
+    kByTile[task.stride() - 1][tile.height - 2][tile.width - 2](
+        pixels, task.conv.shape.group_channels(), entries);
   }
 }
 
@@ -156,8 +187,8 @@ using Gemms = GemmTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 using Gemms = GemmTable<1, 2, 3, 4, 5, 6>;
 #endif
 
-inline void multiply_point(const float* transformed, int64_t rows, const float* weights,
-                           int64_t depth, float* products) {
+inline void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
+                     float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
@@ -172,23 +203,25 @@ inline void multiply_point(const float* transformed, int64_t rows, const float* 
 // ---- output ------------------------------------------------------------------------------------
 
 // One tile's outputs, [kHeight][kWidth][32]. `check` becomes NaN where one of them is not finite.
-template <int kHeight, int kWidth>
+template <int kHeight, int kWidth, int kStride>
 DEVICE_INLINE void transform_products(const float* const* products, int lane, Vector& check,
                                       Vector (&y)[kHeight][kWidth]) {
-  Vector half[kWidth + 2][kHeight];
-#pragma GCC unroll 6
-  for (int x = 0; x < kWidth + 2; ++x) {
-    Vector m[kHeight + 2];
-#pragma GCC unroll 6
-    for (int i = 0; i < kHeight + 2; ++i) m[i] = load(products[i * (kWidth + 2) + x] + lane);
-    Transform<kHeight>::output(m, half[x]);
+  using Column = Line<kHeight, kStride>;
+  using Row = Line<kWidth, kStride>;
+  Vector half[Row::kSize][kHeight];
+#pragma GCC unroll 9
+  for (int x = 0; x < Row::kSize; ++x) {
+    Vector m[Column::kSize];
+#pragma GCC unroll 9
+    for (int i = 0; i < Column::kSize; ++i) m[i] = load(products[i * Row::kSize + x] + lane);
+    Column::output(m, half[x]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kHeight; ++i) {
-    Vector m[kWidth + 2];
-#pragma GCC unroll 6
-    for (int x = 0; x < kWidth + 2; ++x) m[x] = half[x][i];
-    Transform<kWidth>::output(m, y[i]);
+    Vector m[Row::kSize];
+#pragma GCC unroll 9
+    for (int x = 0; x < Row::kSize; ++x) m[x] = half[x][i];
+    Row::output(m, y[i]);
 #pragma GCC unroll 4
     for (int x = 0; x < kWidth; ++x) check += y[i][x] * 0.0f;
   }
@@ -208,7 +241,7 @@ struct OutputPlace {
   int64_t height, width;  // of the tile inside the image
 };
 
-template <int kHeight, int kWidth>
+template <int kHeight, int kWidth, int kStride>
 bool transform_output(const float* const* products, const Finish& finish,
                       const OutputPlace& place) {
   Vector check{};
@@ -216,7 +249,7 @@ bool transform_output(const float* const* products, const Finish& finish,
   const bool direct = in_registers(finish) && place.height == kHeight && place.width == kWidth;
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     Vector y[kHeight][kWidth];
-    transform_products<kHeight, kWidth>(products, lane, check, y);
+    transform_products<kHeight, kWidth, kStride>(products, lane, check, y);
 #pragma GCC unroll 4
     for (int i = 0; i < kHeight; ++i) {
 #pragma GCC unroll 4
@@ -253,9 +286,9 @@ inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, in
       for (int64_t n = 0; n < finish.columns; ++n) {
         float sum = 0;
         for (int64_t r = 0; r < 3; ++r) {
-          const int64_t y = tile.y + i + r - shape.padding[0];
+          const int64_t y = (tile.y + i) * task.stride() + r - shape.padding[0];
           for (int64_t s = 0; s < 3; ++s) {
-            const int64_t x = tile.x + j + s - shape.padding[1];
+            const int64_t x = (tile.x + j) * task.stride() + s - shape.padding[1];
             if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) continue;
             const float* pixel =
                 task.conv.input +
@@ -294,13 +327,11 @@ inline void expect_tile(const WinogradTask& task, const WinogradTile& tile, int6
 }
 
 inline void transform_outputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
-                              int64_t panel, const float* products) {
-  constexpr decltype(&transform_output<2, 2>) kBySize[3][3] = {
-      {transform_output<2, 2>, transform_output<2, 3>, transform_output<2, 4>},
-      {transform_output<3, 2>, transform_output<3, 3>, transform_output<3, 4>},
-      {transform_output<4, 2>, transform_output<4, 3>, transform_output<4, 4>}};
+                              int64_t panel, const float* workspace) {
+  static constexpr decltype(&transform_output<2, 2, 1>) kByTile[2][3][3] =
+      BY_TILE(transform_output);
   const ConvShape& shape = task.conv.shape;
-  const int64_t outputs = shape.group_out_channels(), along = task.points_along();
+  const int64_t outputs = shape.group_out_channels();
   const int64_t channel = group * outputs + panel * kPanel;
   const int64_t columns = outputs - panel * kPanel < kPanel ? outputs - panel * kPanel : kPanel;
   const Finish finish{
@@ -308,13 +339,9 @@ inline void transform_outputs(const WinogradTask& task, const WinogradBlock& blo
       task.conv.negative_slope};
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
-    const float* points[kWinogradMostPoints];
-    for (int64_t i = 0, n = 0; i < tile.height + 2; ++i) {
-      for (int64_t j = 0; j < tile.width + 2; ++j, ++n) {
-        const int64_t p =
-            point_of(task.largest, tile.height, i) * along + point_of(task.largest, tile.width, j);
-        points[n] = products + p * task.product_slice() + tile.row[p] * kPanel;
-      }
+    const float* entries[kWinogradMostEntries];
+    for (int64_t n = 0; n < tile.entries; ++n) {
+      entries[n] = workspace + block.products[tile.weight[n]] + tile.row[n] * kPanel;
     }
     const int64_t below = shape.out_height - tile.y, beside = shape.out_width - tile.x;
     const OutputPlace place{
@@ -322,7 +349,7 @@ inline void transform_outputs(const WinogradTask& task, const WinogradBlock& blo
             channel,
         shape.out_width * shape.out_channels, shape.out_channels,
         below < tile.height ? below : tile.height, beside < tile.width ? beside : tile.width};
-    if (!kBySize[tile.height - 2][tile.width - 2](points, finish, place)) {
+    if (!kByTile[task.stride() - 1][tile.height - 2][tile.width - 2](entries, finish, place)) {
       convolve_tile(task, tile, group, channel, finish, place);
     }
   }
@@ -330,29 +357,29 @@ inline void transform_outputs(const WinogradTask& task, const WinogradBlock& blo
 
 inline void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int64_t group,
                             int64_t begin, int64_t end, float* workspace, const float* zeros) {
-  float* const transformed = workspace;
-  float* const products = workspace + task.points() * task.input_slice();
   WinogradBlock block;
   cut_block(task, first, count, block);
-  transform_inputs(task, block, group, transformed, zeros);
-  const int64_t depth = task.conv.shape.group_channels();
+  transform_inputs(task, block, group, workspace, zeros);
+  const int64_t depth = task.conv.shape.group_channels(), weights = task.weights();
   for (int64_t panel = begin; panel < end; ++panel) {
-    const float* weights =
-        task.conv.packed + (group * task.panels() + panel) * task.points() * depth * kPanel;
-    for (int64_t p = 0; p < task.points(); ++p) {
-      // Meanwhile the lines that the output will be written to come in, a few tiles per point.
-      const int64_t expected = block.count * (p + 1) / task.points();
-      for (int64_t t = block.count * p / task.points(); t < expected; ++t) {
+    const float* packed =
+        task.conv.packed + (group * task.panels() + panel) * weights * depth * kPanel;
+    for (int64_t w = 0; w < weights; ++w) {
+      // Meanwhile the lines that the output will be written to come in, a few tiles at a time.
+      const int64_t expected = block.count * (w + 1) / weights;
+      for (int64_t t = block.count * w / weights; t < expected; ++t) {
         expect_tile(task, block.tiles[t], group, panel);
       }
-      if (block.rows[p] == 0) continue;
-      multiply_point(transformed + p * task.input_slice(), block.rows[p],
-                     weights + p * depth * kPanel, depth, products + p * task.product_slice());
+      if (block.rows[w] == 0) continue;
+      multiply(workspace + block.inputs[w], block.rows[w], packed + w * depth * kPanel, depth,
+               workspace + block.products[w]);
     }
-    transform_outputs(task, block, group, panel, products);
+    transform_outputs(task, block, group, panel, workspace);
   }
 }
 
 inline WinogradKernel winograd_kernel_address() {
   return winograd_kernel;
 }
+
+#undef BY_TILE

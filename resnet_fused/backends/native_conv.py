@@ -55,7 +55,7 @@ class Wired:
     negative_slope: float
 
 
-def pack(weight: Tensor, scale: Tensor | None, groups: int, algorithm: str) -> Tensor:
+def pack(weight: Tensor, scale: Tensor | None, stride: int, groups: int, algorithm: str) -> Tensor:
     """Weights of (K, C / groups, R, S) times scale, in the layout of an algorithm.
 
     Folded in float64, so that each packed number is rounded once.
@@ -63,7 +63,7 @@ def pack(weight: Tensor, scale: Tensor | None, groups: int, algorithm: str) -> T
     folded = weight.detach().double()
     if scale is not None:
         folded = folded * scale.double().view(-1, 1, 1, 1)
-    return torch.ops.resnet_fused._pack_conv(folded, groups, algorithm)
+    return torch.ops.resnet_fused._pack_conv(folded, stride, groups, algorithm)
 
 
 class Program:
