@@ -2,8 +2,8 @@
 
 They are keyed on the identity, the version counter and the address of every tensor. So
 ``load_state_dict``, an optimizer step, assigning a parameter, ``.to()`` and any in-place change
-outdate them. Writing through ``tensor.data`` or a NumPy view hides from the version counter, here as
-in autograd.
+outdate them. Writing through ``tensor.data`` or a NumPy view hides from the version counter, here
+as in autograd.
 """
 
 from __future__ import annotations

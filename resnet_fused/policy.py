@@ -9,7 +9,7 @@ POLICIES = ("strict", "default")
 _current = "default"
 
 
-class precision:  # noqa: N801 (used like torch.set_grad_enabled)
+class precision:
     """Set the precision policy; as a context manager, for a block.
 
     ``"default"`` admits algorithms whose relative error against float64 stays below 3e-6 in float32

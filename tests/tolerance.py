@@ -174,3 +174,42 @@ def assert_function_parity(
         for a, e in zip(flatten(actual), flatten(eager), strict=True):
             assert_same_layout(a, e, what=what)
     return actual
+
+
+POLICY_ERROR = 3e-6
+"""What the precision policy "default" admits in float32: Winograd's F(4x4) stays below it."""
+
+STRICT_FACTOR = 1.25
+
+
+def assert_within_policy(
+    actual: Tensor,
+    eager: Tensor,
+    reference64: Tensor,
+    policy: str,
+    *,
+    what: str = "result",
+    scale: float | None = None,
+) -> None:
+    """Hold a float32 result to what a precision policy promises; NaN and Inf where eager has them.
+
+    "default": an error of 3e-6, or what `assert_parity` allows if that is more. "strict": 1.25
+    times eager's own error plus one rounding. `scale` is the size of what went into an activation
+    that bounds its output (relu6), for which max|reference64| says nothing.
+    """
+    finite = reference64.isfinite() & eager.isfinite()
+    assert torch.equal(_special(actual), _special(eager)), f"{what}: NaN or Inf not as in eager"
+    if scale is None and finite.any():
+        scale = reference64[finite].abs().max().item()
+    error = relative_error(actual[finite], reference64[finite], scale)
+    eager_error = relative_error(eager[finite], reference64[finite], scale)
+    rounding = one_rounding(actual.dtype)
+    budget = (
+        max(POLICY_ERROR, EAGER_FACTOR * eager_error + rounding)
+        if policy == "default"
+        else STRICT_FACTOR * eager_error + rounding
+    )
+    assert error <= budget, (
+        f"{what}: relative error {error:.3e} is over {policy}'s {budget:.3e} "
+        f"(eager's own error {eager_error:.3e}, shape {tuple(actual.shape)})"
+    )

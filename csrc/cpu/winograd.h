@@ -14,7 +14,7 @@ struct WinogradTiles {
   int64_t length;
   int64_t largest;  // 4 or 2
 
-  int64_t count() const { return (length + largest - 1) / largest + (splits() ? 1 : 0); }
+  int64_t count() const { return (length + largest - 1) / largest; }
   int64_t start(int64_t tile) const {
     return splits() && tile == count() - 1 ? length - 2 : tile * largest;
   }

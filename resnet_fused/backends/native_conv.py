@@ -1,7 +1,7 @@
 """The library's own convolution kernels on the CPU: Winograd and direct, BN folded in.
 
-What they compute and how is said in ``csrc/cpu/winograd.cpp`` and ``csrc/cpu/direct_conv.cpp``. They
-keep NaN and infinities where eager PyTorch has them.
+What they compute and how is said in ``csrc/cpu/winograd.cpp`` and ``csrc/cpu/direct_conv.cpp``.
+They keep NaN and infinities where eager PyTorch has them.
 """
 
 from __future__ import annotations

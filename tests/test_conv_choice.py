@@ -1,0 +1,83 @@
+"""Which algorithm runs a convolution, and what the precision policy has to say in it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+import resnet_fused
+from resnet_fused import policy
+from resnet_fused.conv_choice import NATIVE, ConvProblem, candidates, choose, cost
+
+
+def problem(
+    channels: int = 64,
+    size: int = 56,
+    outputs: int = 64,
+    kernel: int = 3,
+    stride: int = 1,
+    batch: int = 16,
+    groups: int = 1,
+) -> ConvProblem:
+    return ConvProblem(
+        batch, channels, (size, size), outputs, (kernel, kernel), (stride, stride),
+        (kernel // 2, kernel // 2), (1, 1), groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "default", "strict"),
+    [
+        (problem(), "winograd4", "winograd2"),
+        (problem(512, 7, 512), "winograd4", "winograd2"),
+        # Four tiles cannot pay for reading four times the weights from memory.
+        (problem(512, 7, 512, batch=1), "winograd2", "winograd2"),
+        (problem(128, 56, 128, stride=2), "winograd4", "direct"),
+        (problem(512, 14, 512, stride=2, batch=1), "direct", "direct"),
+        (problem(256, 56, 64, kernel=1), "direct", "direct"),
+        (problem(3, 224, 64, kernel=7, stride=2), "direct", "direct"),
+        (problem(64, 56, 64, groups=64), "onednn", "onednn"),
+        (problem(64, 56, 3, kernel=1), "onednn", "onednn"),
+    ],
+)
+def test_what_is_chosen_for_layers_of_resnets(
+    shape: ConvProblem, default: str, strict: str
+) -> None:
+    assert choose(shape, "default") == default
+    assert choose(shape, "strict") == strict
+
+
+def test_strict_admits_a_part_of_what_default_admits() -> None:
+    for channels, kernel, stride in itertools.product((8, 16, 64), (1, 3, 5), (1, 2, 3)):
+        shape = problem(channels, 20, channels, kernel, stride)
+        assert set(candidates(shape, "strict")) <= set(candidates(shape, "default")) <= set(NATIVE)
+        assert "winograd4" not in candidates(shape, "strict")
+        assert all(cost(shape, a) > 0 for a in (*candidates(shape, "default"), "onednn"))
+
+
+def test_policy_holds_until_its_block_ends() -> None:
+    assert policy.current() == "default"
+    with resnet_fused.precision("strict"):
+        assert policy.current() == "strict"
+        with resnet_fused.precision("default"):
+            assert policy.current() == "default"
+        assert policy.current() == "strict"
+    assert policy.current() == "default"
+    with pytest.raises(KeyError), resnet_fused.precision("strict"):
+        raise KeyError
+    assert policy.current() == "default"
+
+
+def test_policy_is_also_a_function() -> None:
+    resnet_fused.precision("strict")
+    assert policy.current() == "strict"
+    resnet_fused.precision("default")
+    assert policy.current() == "default"
+
+
+@pytest.mark.parametrize("wrong", ["loose", "", "STRICT", None, 1])
+def test_unknown_policy(wrong: object) -> None:
+    with pytest.raises(ValueError, match="policy: expected one of strict, default"):
+        resnet_fused.precision(wrong)  # type: ignore[arg-type]
+    assert policy.current() == "default"
