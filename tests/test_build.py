@@ -41,14 +41,14 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 @needs_native
 def test_library_is_loaded_with_its_kernels():
     assert native.reason is None
-    assert native.isa() in ("avx512", "avx2", "baseline")
+    assert native.isa() in ("avx512_bf16", "avx512", "avx2", "baseline")
     for name in ("bn_act", "bn_act_backward", "scale_shift_act"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NAMESPACE}::{name}", "CPU")
 
 
 @needs_native
 def test_instruction_sets_can_be_forced_and_agree():
-    order = ("baseline", "avx2", "avx512")
+    order = ("baseline", "avx2", "avx512", "avx512_bf16")
     results = {}
     for isa in order[: order.index(native.isa()) + 1]:
         done = run_python(STATISTICS_OF_FIXED_DATA, RESNET_FUSED_CPU_ISA=isa)
@@ -63,7 +63,10 @@ def test_instruction_sets_can_be_forced_and_agree():
 def test_unknown_instruction_set_is_an_error():
     done = run_python(STATISTICS_OF_FIXED_DATA, RESNET_FUSED_CPU_ISA="mmx")
     assert done.returncode != 0
-    assert "RESNET_FUSED_CPU_ISA must be avx512, avx2 or baseline, got 'mmx'" in done.stderr
+    assert (
+        "RESNET_FUSED_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline, got 'mmx'"
+        in done.stderr
+    )
 
 
 def test_package_works_without_the_library_and_does_not_warn():

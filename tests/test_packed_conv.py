@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -19,10 +20,17 @@ from torch import Tensor
 
 import resnet_fused
 from resnet_fused.backends import native
-from resnet_fused.backends.native_conv import NativeConv, Program, Wired, pack
+from resnet_fused.backends.native_conv import (
+    NativeConv,
+    Program,
+    Wired,
+    multiplies_bf16,
+    pack,
+)
 
 pytestmark = pytest.mark.skipif(not native.available, reason=str(native.reason))
 
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 ALGORITHMS = ("direct", "winograd2", "winograd4")
 INF, NAN = float("inf"), float("nan")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,13 +58,15 @@ class Case:
     groups: int = 1
     residual: bool = True
     act: str = "relu"
+    dtype: torch.dtype = torch.float32
+    pairs: bool = False  # multiplies bfloat16
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Input, weight, scale and shift."""
         k = self.kernel
         return (
-            torch.randn(self.shape).to(memory_format=torch.channels_last),
-            torch.randn(self.outputs, self.shape[1] // self.groups, k, k),
+            torch.randn(self.shape).to(self.dtype).to(memory_format=torch.channels_last),
+            torch.randn(self.outputs, self.shape[1] // self.groups, k, k).to(self.dtype),
             torch.rand(self.outputs) + 0.5,
             torch.randn(self.outputs),
         )
@@ -66,7 +76,7 @@ class Case:
         geometry = (
             *[self.stride] * 2, *[self.padding] * 2, *[self.dilation] * 2, self.groups,
         )  # fmt: skip
-        packed = pack(weight, scale, self.stride, self.groups, self.algorithm)
+        packed = pack(weight, scale, self.stride, self.groups, self.algorithm, pairs=self.pairs)
         conv = NativeConv(self.algorithm, packed, weight, scale, shift, geometry, ())
         return Program([conv], [Wired(0, 1 if self.residual else -1, self.act, 0.1)])
 
@@ -76,7 +86,7 @@ class Case:
         """The same by plain PyTorch, in the dtype of its arguments."""
         options = (self.stride, self.padding, self.dilation, self.groups)
         y = torch.conv2d(x, weight, None, *options)
-        y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        y = (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
         return ACTIVATIONS[self.act](y if residual is None else y + residual)
 
     @property
@@ -90,7 +100,7 @@ class Case:
         """Hold the kernel to the precision policy, for an input that `change` has seen."""
         x, weight, scale, shift = self.tensors()
         x = change(x)
-        residual = torch.randn(self.output_shape) if self.residual else None
+        residual = torch.randn(self.output_shape).to(self.dtype) if self.residual else None
         actual = self.program(weight, scale, shift)(x, residual)
         eager = self.eager(x, weight, scale, shift, residual)
         exact = [None if t is None else t.double() for t in (x, weight, scale, shift, residual)]
@@ -104,8 +114,18 @@ class Case:
             assert actual.shape == eager.shape
 
 
-def random_case(source: random.Random) -> Case:
-    algorithm = source.choice(ALGORITHMS)
+KINDS = [("direct", False), ("winograd2", False), ("winograd4", False)]
+"""Algorithms, and whether they multiply bfloat16."""
+BF16_KINDS = [("direct", True), ("winograd2", True), ("winograd4", False), ("winograd2", False)]
+
+
+def bf16_kinds() -> list[tuple[str, bool]]:
+    """Those that this processor can run on bfloat16 data."""
+    return [kind for kind in BF16_KINDS if not kind[1] or multiplies_bf16()]
+
+
+def random_case(source: random.Random, dtype: torch.dtype) -> Case:
+    algorithm, pairs = source.choice(KINDS if dtype == torch.float32 else bf16_kinds())
     groups = source.choice([1, 1, 1, 2, 3])
     kernel, stride, dilation = 3, 1, 1
     if algorithm == "winograd4":
@@ -128,28 +148,32 @@ def random_case(source: random.Random) -> Case:
         kernel, stride, padding, dilation, groups,
         source.random() < 0.5,
         source.choice(list(ACTIVATIONS)),
+        dtype,
+        pairs,
     )  # fmt: skip
 
 
-def sweep(seed: int, count: int) -> None:
+def sweep(seed: int, count: int, dtype: torch.dtype = torch.float32) -> None:
     """Random cases; a failure names the case."""
     source = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(count):
-        random_case(source).check()
+        random_case(source, dtype).check()
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_cases(seed: int, poisoned: None) -> None:
-    sweep(seed, 40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_random_cases(dtype: torch.dtype, seed: int, poisoned: None) -> None:
+    sweep(seed, 40, dtype)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ISAS[:-1])
 def test_every_instruction_set(isa: str) -> None:
-    if isa == "avx2" and native.isa() == "baseline":
-        pytest.skip("this CPU has no AVX2")
+    if ISAS.index(isa) >= ISAS.index(native.isa()):
+        pytest.skip(f"this CPU has {native.isa()}, which the other tests run on")
+    code = "t.sweep(99, 120); t.sweep(99, 40, torch.bfloat16)"
     done = subprocess.run(
-        [sys.executable, "-c", "import test_packed_conv as t; t.sweep(99, 120)"],
+        [sys.executable, "-c", f"import torch, test_packed_conv as t; {code}"],
         env={**os.environ, "RESNET_FUSED_CPU_ISA": isa},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -193,12 +217,18 @@ def corners(height: int, width: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e-42, 1e37], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_values_that_are_not_finite(algorithm: str, value: float, stride: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_are_not_finite(
+    algorithm: str, value: float, stride: int, dtype: torch.dtype
+) -> None:
     """NaN and infinities reach the outputs that eager PyTorch gives them, and no others; 1e37
     overflows in a Winograd transform, and not in the sum.
     """
     if algorithm == "winograd2" and stride == 2:
         pytest.skip("no such convolution")
+    pairs = dtype == torch.bfloat16 and algorithm != "winograd4"
+    if pairs and not multiplies_bf16():
+        pytest.skip("this processor has no AVX512_BF16")
     for y, x in corners(9, 10):
 
         def place(data: Tensor, y: int = y, x: int = x) -> Tensor:
@@ -207,7 +237,8 @@ def test_values_that_are_not_finite(algorithm: str, value: float, stride: int) -
 
         for act in ("relu", "none"):
             Case(
-                algorithm, (2, 18, 9, 10), 35, stride=stride, act=act, residual=False
+                algorithm, (2, 18, 9, 10), 35, stride=stride, act=act, residual=False,
+                dtype=dtype, pairs=pairs,
             ).check(place)  # fmt: skip
 
 
@@ -231,11 +262,17 @@ def test_layouts_of_the_input(algorithm: str) -> None:
         lambda x: x.transpose(2, 3),
         lambda x: x[:1, :, :1].expand(2, -1, 8, -1),
     ]
+    kinds = [(torch.float32, False)]
+    if algorithm != "winograd4" and multiplies_bf16():
+        kinds.append((torch.bfloat16, True))
     for kernel, padding in ((3, 1), (1, 0)):
         if kernel == 1 and algorithm != "direct":
             continue
-        for change in changes:
-            Case(algorithm, (2, 24, 8, 8), 33, kernel=kernel, padding=padding).check(change)
+        for (dtype, pairs), change in itertools.product(kinds, changes):
+            Case(
+                algorithm, (2, 24, 8, 8), 33, kernel=kernel, padding=padding,
+                dtype=dtype, pairs=pairs,
+            ).check(lambda x, f=change: f(x).to(x.dtype))  # fmt: skip
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -338,6 +375,7 @@ def steps(**changes: int) -> list[int]:
 HOSTILE: dict[str, tuple[str, object]] = {
     "input has one dimension": ("input", torch.zeros(16)),
     "input is float64": ("input", torch.zeros(1, 16, 8, 8, dtype=torch.float64)),
+    "input is bfloat16": ("input", torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16)),
     "input has other channels": ("input", torch.zeros(1, 15, 8, 8)),
     "input is smaller than the kernel": ("input", torch.zeros(1, 16, 8, 0)),
     "packed is too short": ("packed", [torch.zeros(3)]),
@@ -392,7 +430,9 @@ def test_hostile_arguments(what: str) -> None:
 )
 def test_hostile_packing(weight: Tensor, stride: int, groups: int, algorithm: str) -> None:
     with pytest.raises(RuntimeError, match="_pack_conv"):
-        torch.ops.resnet_fused._pack_conv(weight, stride, groups, algorithm)
+        torch.ops.resnet_fused._pack_conv(weight, stride, groups, algorithm, False)
+    with pytest.raises(RuntimeError, match="_pack_conv"):
+        torch.ops.resnet_fused._pack_conv(weight, stride, groups, algorithm, True)
 
 
 # ---- in a model ----------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../common/activation_name.h"
+#include "kernel_types.h"
 
 namespace resnet_fused {
 
@@ -17,15 +19,35 @@ struct ConvShape {
   int64_t group_out_channels() const { return out_channels / groups; }
 };
 
+// Data are float32 or bfloat16. Packed weights are 32-bit words: float32, or pairs of bfloat16
+// numbers of consecutive channels, beside bfloat16 data only.
 struct ConvArguments {
   ConvShape shape;
-  const float* input;
-  const float* packed;    // as the algorithm's pack function wrote it, the scale folded in
-  const float* shift;     // [out_channels]
-  const float* residual;  // like output, or null
-  float* output;
+  const void* input;
+  const float* packed;   // words, as the algorithm's pack function wrote them, the scale folded in
+  const float* shift;    // [out_channels]
+  const void* residual;  // like output, or null
+  void* output;
   Activation act;
   float negative_slope;
+  bool is_bf16;  // the data
+  bool pairs;    // the packed weights
+
+  int64_t per_word() const { return pairs ? 2 : 1; }
+  int64_t group_words() const { return (shape.group_channels() + per_word() - 1) / per_word(); }
 };
+
+// A packed weight: float32, or a number of a pair.
+inline void write_packed(float* words, int64_t word, double value) {
+  words[word] = static_cast<float>(value);
+}
+inline void write_packed(bf16* numbers, int64_t index, double value) {
+  const float rounded = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  numbers[index].bits =
+      static_cast<uint16_t>(is_nan ? 0x7FC0u : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
 
 }  // namespace resnet_fused

@@ -19,6 +19,7 @@
 #include "workspace.h"
 
 #define KERNEL_HEADER "direct_conv_kernel.h"
+#define RESNET_FUSED_WITH_BF16
 #include "for_each_isa.h"
 
 namespace resnet_fused {
@@ -55,16 +56,20 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   const bool single_tap = s.kernel[0] == 1 && s.kernel[1] == 1;
   const bool padded = s.padding[0] > 0 || s.padding[1] > 0;
   // 14 rows that are a multiple of 2 KiB apart share two or fewer of an L1's 64 sets of 8 lines.
-  const bool collides = s.stride[1] * task.input_strides[3] % 512 == 0;
-  task.copies = padded || !single_tap || task.input_strides[1] != 1 || collides;
-  const bool joined = channels < 16 && s.dilation[1] == 1;  // the taps of a kernel row in one run
-  task.band_channels = joined ? channels : (channels + 15) / 16 * 16 + 16;
-  task.depth = joined ? s.kernel[1] * channels : channels;
+  const int64_t* strides = task.input_strides;
+  const int64_t per_word = arguments.per_word(), words = arguments.group_words();
+  const bool collides = s.stride[1] * strides[3] / per_word % 512 == 0;
+  const bool splits_pairs =
+      channels % per_word + strides[0] % per_word + strides[2] % per_word + strides[3] % per_word;
+  task.copies = padded || !single_tap || strides[1] != 1 || collides || splits_pairs;
+  const bool joined = words < 16 && s.dilation[1] == 1;  // the taps of a kernel row in one run
+  task.band_channels = joined ? words : (words + 15) / 16 * 16 + 16;
+  task.depth = joined ? s.kernel[1] * words : words;
 
   // A unit is large enough to use weights from L3 many times, or small if they are in L2 anyway.
-  const int64_t per_pixel = (task.copies ? task.band_channels : channels) *
+  const int64_t per_pixel = (task.copies ? task.band_channels : words) *
                             (s.stride[0] / task.step(0)) * (s.stride[1] / task.step(1));
-  const int64_t weights = task.panels() * kPanel * channels * s.kernel[0] * s.kernel[1];
+  const int64_t weights = task.panels() * kPanel * words * s.kernel[0] * s.kernel[1];
   int64_t pixels = std::max(2 * kTilePixels, kBandFloats / per_pixel);
   if (weights <= kBandFloats) pixels = std::min(pixels, 4 * kTilePixels);
   const bool flat = is_flat(s);
@@ -104,30 +109,50 @@ void for_places(const DirectTask& task, bool flat, int64_t first, int64_t last, 
 
 }  // namespace
 
-size_t direct_packed_size(int64_t out_channels, int64_t group_channels, int64_t taps,
-                          int64_t groups) {
+size_t direct_packed_words(int64_t out_channels, int64_t group_words, int64_t taps,
+                           int64_t groups) {
   const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
-  return static_cast<size_t>(groups * panels * taps * group_channels * kPanel);
+  return static_cast<size_t>(groups * panels * taps * group_words * kPanel);
 }
 
-void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
-                 int64_t groups, float* packed) {
-  const int64_t outputs = out_channels / groups, panels = (outputs + kPanel - 1) / kPanel;
+namespace {
+
+// `Number` is float, or bf16 of which two make a word.
+template <class Number>
+void pack(const double* weight, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
+          Number* packed) {
+  constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
+  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t words = (channels + kPerWord - 1) / kPerWord;
   torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % panels * kPanel, group = index / panels;
-      float* const to = packed + index * taps * channels * kPanel;
+      Number* const to = packed + index * taps * words * kPanel * kPerWord;
       for (int64_t n = 0; n < kPanel; ++n) {
         const double* w = weight + (group * outputs + first + n) * channels * taps;
-        for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t c = 0; c < words * kPerWord; ++c) {
+          const bool inside = first + n < outputs && c < channels;
           for (int64_t t = 0; t < taps; ++t) {
-            to[(t * channels + c) * kPanel + n] =
-                first + n < outputs ? static_cast<float>(w[c * taps + t]) : 0.0f;
+            const int64_t row = t * words + c / kPerWord;
+            write_packed(to, (row * kPanel + n) * kPerWord + c % kPerWord,
+                         inside ? w[c * taps + t] : 0.0);
           }
         }
       }
     }
   });
+}
+
+}  // namespace
+
+void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
+                 int64_t groups, bool pairs, void* packed) {
+  const int64_t outputs = out_channels / groups;
+  if (pairs) {
+    pack(weight, outputs, channels, taps, groups, static_cast<bf16*>(packed));
+  } else {
+    pack(weight, outputs, channels, taps, groups, static_cast<float*>(packed));
+  }
 }
 
 void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
@@ -147,7 +172,8 @@ void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
       task.most_runs() * static_cast<int64_t>(sizeof(PixelRun) / sizeof(float));
   const int64_t each = (task.band() + run_floats + 1023) / 1024 * 1024;
   const Workspace workspace(static_cast<size_t>(along * across * each));
-  const DirectKernel kernel = RESNET_FUSED_CALL(direct_kernel_address);
+  const DirectKernel kernel = RESNET_FUSED_CALL_BF16(direct_kernel_for, task);
+  check(kernel != nullptr, "_packed_convs: packed is bfloat16, which needs AVX512_BF16");
   torch::stable::parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       float* const own = workspace.data() + worker * each;

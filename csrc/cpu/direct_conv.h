@@ -12,7 +12,7 @@ namespace resnet_fused {
 
 // Equally spaced pixels of one output row, as many as half a tile of the GEMM kernel.
 struct PixelRun {
-  int64_t input;  // offset of its first row of A, in floats
+  int64_t input;  // offset of its first row of A, in words
   int64_t pixel;  // its first output pixel
   int64_t length;
 };
@@ -25,13 +25,13 @@ struct Place {
 
 struct DirectTask {
   ConvArguments conv;
-  int64_t input_strides[4];  // of (N, C, H, W), in floats
+  int64_t input_strides[4];  // of (N, C, H, W), in numbers of the input
   bool copies;               // the input is read through a band in the workspace
-  int64_t band_channels;     // floats from pixel to pixel of the band, of one group
+  int64_t band_channels;     // words from pixel to pixel of the band, of one group
   int64_t unit_height;       // most output rows and pixels of a Place
   int64_t unit_width;
   std::vector<int64_t> segments;  // where the taps lie, relative to the first one
-  int64_t depth;                  // floats in a row, from each segment
+  int64_t depth;                  // words in a row, from each segment
 
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
   int64_t panel_size() const { return static_cast<int64_t>(segments.size()) * depth * kPanel; }
@@ -46,16 +46,15 @@ struct DirectTask {
   int64_t most_runs() const { return unit_height * (unit_width / 3 + 1); }
 };
 
-// One place, panels [begin, end) of one group; `band` holds task.band() floats, `runs`
+// One place, panels [begin, end) of one group; `band` holds task.band() words, `runs`
 // task.most_runs().
 using DirectKernel = void (*)(const DirectTask& task, const Place& place, int64_t group,
                               int64_t begin, int64_t end, float* band, PixelRun* runs);
 
-// Packed weights: [group][panel of 32 outputs][tap][channel][32].
-size_t direct_packed_size(int64_t out_channels, int64_t group_channels, int64_t taps,
-                          int64_t groups);
+// Packed weights: [group][panel of 32 outputs][tap][channel or pair][32] words.
+size_t direct_packed_words(int64_t out_channels, int64_t group_words, int64_t taps, int64_t groups);
 void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
-                 int64_t groups, float* packed);
+                 int64_t groups, bool pairs, void* packed);
 void direct_run(const ConvArguments& conv, const int64_t* input_strides);
 
 }  // namespace resnet_fused

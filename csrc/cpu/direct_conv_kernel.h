@@ -3,53 +3,60 @@
 
 #include "gemm_kernel.h"
 
-inline void copy_pixel(const float* __restrict from, int64_t stride, int64_t channels,
-                       float* __restrict to) {
+template <class T>
+void copy_pixel(const T* __restrict from, int64_t stride, int64_t channels, T* __restrict to) {
   if (stride == 1) {
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store(to + c, load(from + c));
-    for (; c < channels; ++c) to[c] = from[c];
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
   } else {
     for (int64_t c = 0; c < channels; ++c) to[c] = from[c * stride];
   }
 }
 
-inline void copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
+inline void clear(float* words, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) words[i] = 0.0f;
+}
+
+template <class T>
+void copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
+  constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
   const ConvShape& shape = task.conv.shape;
-  const int64_t channels = shape.group_channels();
+  const int64_t channels = shape.group_channels(), words = task.conv.group_words();
   const int64_t height = task.band_size(0, place.height), width = task.band_size(1, place.width);
   const int64_t* stride = task.input_strides;
-  const float* image = task.conv.input + place.image * stride[0] + group * channels * stride[1];
+  const int64_t left = place.x * shape.stride[1] - shape.padding[1];
+  const T* image = static_cast<const T*>(task.conv.input) + place.image * stride[0] +
+                   group * channels * stride[1];
+  // Pixels that lie side by side here and there are copied together.
+  const bool joined = stride[1] == 1 && stride[3] == channels && task.step(1) == 1 &&
+                      task.band_channels * kPerWord == channels;
   for (int64_t i = 0; i < height; ++i) {
     const int64_t y = place.y * shape.stride[0] - shape.padding[0] + i * task.step(0);
     float* row = band + i * task.band_row();
     if (y < 0 || y >= shape.height) {
-      for (int64_t n = 0; n < width * task.band_channels; ++n) row[n] = 0.0f;
+      clear(row, width * task.band_channels);
       continue;
     }
-    const int64_t left = place.x * shape.stride[1] - shape.padding[1];
-    if (stride[1] == 1 && task.band_channels == channels && stride[3] == channels &&
-        task.step(1) == 1) {
-      // The pixels lie side by side here and there.
+    if (joined) {
       const int64_t before = left < 0 ? (-left < width ? -left : width) : 0;
-      const int64_t inside = shape.width - left < width ? shape.width - left : width;
-      for (int64_t n = 0; n < before * channels; ++n) row[n] = 0.0f;
-      if (inside > before) {
-        copy_pixel(image + y * stride[2] + (left + before) * channels, 1,
-                   (inside - before) * channels, row + before * channels);
-      }
-      for (int64_t n = (inside > before ? inside : before) * channels; n < width * channels; ++n) {
-        row[n] = 0.0f;
-      }
+      const int64_t room = shape.width - left < width ? shape.width - left : width;
+      const int64_t inside = room > before ? room : before;
+      clear(row, before * task.band_channels);
+      copy_pixel(image + y * stride[2] + (left + before) * channels, 1,
+                 (inside - before) * channels,
+                 reinterpret_cast<T*>(row + before * task.band_channels));
+      clear(row + inside * task.band_channels, (width - inside) * task.band_channels);
       continue;
     }
     for (int64_t j = 0; j < width; ++j) {
       const int64_t x = left + j * task.step(1);
       float* to = row + j * task.band_channels;
       if (x < 0 || x >= shape.width) {
-        for (int64_t c = 0; c < channels; ++c) to[c] = 0.0f;
+        clear(to, words);
       } else {
-        copy_pixel(image + y * stride[2] + x * stride[3], stride[1], channels, to);
+        to[words - 1] = 0.0f;  // the last pair may be half a pair
+        copy_pixel(image + y * stride[2] + x * stride[3], stride[1], channels,
+                   reinterpret_cast<T*>(to));
       }
     }
   }
@@ -58,16 +65,19 @@ inline void copy_band(const DirectTask& task, const Place& place, int64_t group,
 // Distance in A from one output pixel to the next, and to the next output row.
 DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
   const int64_t stride = task.conv.shape.stride[1];
-  return task.copies ? stride / task.step(1) * task.band_channels : stride * task.input_strides[3];
+  return task.copies ? stride / task.step(1) * task.band_channels
+                     : stride * task.input_strides[3] / task.conv.per_word();
 }
 
 inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
   const int64_t* stride = task.input_strides;
   const int64_t row_stride =
-      task.copies ? shape.stride[0] / task.step(0) * task.band_row() : shape.stride[0] * stride[2];
+      task.copies ? shape.stride[0] / task.step(0) * task.band_row()
+                  : shape.stride[0] * stride[2] / task.conv.per_word();
   const int64_t start = task.copies ? 0
-                                    : place.image * stride[0] + group * shape.group_channels() +
+                                    : (place.image * stride[0] + group * shape.group_channels()) /
+                                              task.conv.per_word() +
                                           place.y * row_stride + place.x * pixel_stride(task);
   int64_t count = 0;
   for (int64_t i = 0; i < place.height; ++i) {
@@ -93,8 +103,8 @@ struct DirectTile {
   int64_t out_channels;
 };
 
-template <int kRows>
-void multiply_tile(const DirectTile& tile, const Finish& finish) {
+template <class T, class Element, int kRows>
+void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
   const bool direct = in_registers(finish);
   float memory[kRows][kPanel];
   const auto offset = [&](int r) {
@@ -102,7 +112,7 @@ void multiply_tile(const DirectTile& tile, const Finish& finish) {
   };
   // Where the sums will go, so that they need not wait.
   for (int r = 0; r < kRows; ++r) {
-    for (int column = 0; column < kPanel; column += 16) {
+    for (size_t column = 0; column < kPanel; column += 64 / sizeof(T)) {
       if (finish.residual != nullptr) __builtin_prefetch(finish.residual + offset(r) + column);
       __builtin_prefetch(finish.output + offset(r) + column, 1);
     }
@@ -113,7 +123,7 @@ void multiply_tile(const DirectTile& tile, const Finish& finish) {
     ReadAhead ahead = tile.ahead;
     for (int64_t s = 0; s < tile.segment_count; ++s) {
       const float* a = tile.a + tile.segments[s];
-      gemm_add<kRows>(sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b,
+      gemm_add<Element, kRows>(sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b,
                       tile.depth, ahead);
       b += tile.depth * kPanel;
     }
@@ -131,14 +141,17 @@ void multiply_tile(const DirectTile& tile, const Finish& finish) {
   for (int r = 0; r < kRows && !direct; ++r) finish_row(finish, offset(r), memory[r]);
 }
 
-template <int... kRows>
+template <class T, class Element, int... kRows>
 struct DirectTable {
-  static constexpr decltype(&multiply_tile<1>) kByRows[] = {multiply_tile<kRows>...};
+  static constexpr decltype(&multiply_tile<T, Element, 1>) kByRows[] = {
+      multiply_tile<T, Element, kRows>...};
 };
 #if RESNET_FUSED_VECTOR_BYTES == 64
-using Directs = DirectTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
+template <class T, class Element>
+using Directs = DirectTable<T, Element, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 #else
-using Directs = DirectTable<1, 2, 3, 4, 5, 6>;
+template <class T, class Element>
+using Directs = DirectTable<T, Element, 1, 2, 3, 4, 5, 6>;
 #endif
 
 // Where the input is read in place, tiles of the first panel bring in the pixels of the next tile,
@@ -152,14 +165,15 @@ DEVICE_INLINE ReadAhead read_ahead(const DirectTask& task, const DirectTile& til
   return {tile.b, 0};
 }
 
-inline void direct_kernel(const DirectTask& task, const Place& place, int64_t group, int64_t begin,
-                          int64_t end, float* band, PixelRun* runs) {
+template <class T, class Element>
+void direct_kernel(const DirectTask& task, const Place& place, int64_t group, int64_t begin,
+                   int64_t end, float* band, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
-  if (task.copies) copy_band(task, place, group, band);
+  if (task.copies) copy_band<T>(task, place, group, band);
   const int64_t count = cut_runs(task, place, group, runs);
   const int64_t outputs = shape.group_out_channels();
   const int64_t segments = static_cast<int64_t>(task.segments.size());
-  DirectTile tile{task.copies ? band : task.conv.input,
+  DirectTile tile{task.copies ? band : static_cast<const float*>(task.conv.input),
                   {},
                   {},
                   pixel_stride(task),
@@ -172,9 +186,10 @@ inline void direct_kernel(const DirectTask& task, const Place& place, int64_t gr
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t channel = group * outputs + panel * kPanel;
     const int64_t left = outputs - panel * kPanel;
-    const Finish finish{task.conv.shift + channel,
-                        task.conv.residual == nullptr ? nullptr : task.conv.residual + channel,
-                        task.conv.output + channel,
+    const T* const residual = static_cast<const T*>(task.conv.residual);
+    const Finish<T> finish{task.conv.shift + channel,
+                        residual == nullptr ? nullptr : residual + channel,
+                        static_cast<T*>(task.conv.output) + channel,
                         left < kPanel ? left : kPanel,
                         task.conv.act,
                         task.conv.negative_slope};
@@ -187,11 +202,17 @@ inline void direct_kernel(const DirectTask& task, const Place& place, int64_t gr
         rows += tile.second.length;
       }
       tile.ahead = read_ahead(task, tile, done, panel == begin);
-      Directs::kByRows[rows - 1](tile, finish);
+      Directs<T, Element>::kByRows[rows - 1](tile, finish);
     }
   }
 }
 
-inline DirectKernel direct_kernel_address() {
-  return direct_kernel;
+// Null where this instruction set cannot multiply pairs.
+inline DirectKernel direct_kernel_for(const DirectTask& task) {
+  if (!task.conv.pairs) return direct_kernel<float, Floats>;
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+  return direct_kernel<bf16, Bf16Pairs>;
+#else
+  return nullptr;
+#endif
 }

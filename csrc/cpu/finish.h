@@ -3,20 +3,24 @@
 
 // relu and none are applied to registers; the others, and panels with fewer than 32 channels, to a
 // tile of sums that was written to L1.
+template <class T>
 struct Finish {
-  const float* shift;     // of the panel's first channel
-  const float* residual;  // at the first output element, or null
-  float* output;
+  const float* shift;  // of the panel's first channel
+  const T* residual;   // at the first output element, or null
+  T* output;
   int64_t columns;  // channels of this panel, 32 at most
   Activation act;
   float slope;
 };
 
-DEVICE_INLINE bool in_registers(const Finish& finish) {
+template <class T>
+DEVICE_INLINE bool in_registers(const Finish<T>& finish) {
   return finish.columns == 32 && (finish.act == Activation::none || finish.act == Activation::relu);
 }
 
-DEVICE_INLINE void finish_vector(const Finish& finish, int64_t offset, int64_t column, Vector sum) {
+template <class T>
+DEVICE_INLINE void finish_vector(const Finish<T>& finish, int64_t offset, int64_t column,
+                                 Vector sum) {
   Vector value = sum + load(finish.shift + column);
   if (finish.residual != nullptr) value += load(finish.residual + offset + column);
   if (finish.act == Activation::relu) value = value < 0.0f ? Vector{} : value;
@@ -24,7 +28,7 @@ DEVICE_INLINE void finish_vector(const Finish& finish, int64_t offset, int64_t c
 }
 
 template <class Act>
-void finish_row_as(const Finish& finish, int64_t offset, const float* __restrict sums) {
+void finish_row_as(const Finish<float>& finish, int64_t offset, const float* __restrict sums) {
   float* __restrict output = finish.output + offset;
   const float slope = finish.slope;
   if (finish.residual == nullptr) {
@@ -41,8 +45,19 @@ void finish_row_as(const Finish& finish, int64_t offset, const float* __restrict
   }
 }
 
+template <class Act>
+void finish_row_as(const Finish<bf16>& finish, int64_t offset, const float* __restrict sums) {
+  float residual[kPanel], output[kPanel];
+  if (finish.residual != nullptr) widen(finish.residual + offset, residual, finish.columns);
+  finish_row_as<Act>({finish.shift, finish.residual == nullptr ? nullptr : residual, output,
+                      finish.columns, finish.act, finish.slope},
+                     0, sums);
+  narrow(output, finish.output + offset, finish.columns);
+}
+
 // One pixel of a panel, from sums in memory.
-inline void finish_row(const Finish& finish, int64_t offset, const float* sums) {
+template <class T>
+void finish_row(const Finish<T>& finish, int64_t offset, const float* sums) {
   switch (finish.act) {
     case Activation::none: return finish_row_as<None>(finish, offset, sums);
     case Activation::relu: return finish_row_as<Relu>(finish, offset, sums);

@@ -19,6 +19,7 @@
 #endif
 
 #define RESNET_FUSED_F16C 0
+#define RESNET_FUSED_BF16_INSTRUCTIONS 0
 #define RESNET_FUSED_VECTOR_BYTES 16
 namespace resnet_fused::baseline {
 #include "simd.h"
@@ -67,7 +68,31 @@ namespace resnet_fused::avx512 {
 #pragma GCC pop_options
 #endif
 
+#if defined(RESNET_FUSED_WITH_BF16)
+#undef RESNET_FUSED_BF16_INSTRUCTIONS
+#define RESNET_FUSED_BF16_INSTRUCTIONS 1
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#endif
+namespace resnet_fused::avx512_bf16 {
+#include "simd.h"
+#include KERNEL_HEADER
+}  // namespace resnet_fused::avx512_bf16
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
 #undef RESNET_FUSED_F16C
 #undef RESNET_FUSED_VECTOR_BYTES
 #endif  // RESNET_FUSED_X86
+#undef RESNET_FUSED_BF16_INSTRUCTIONS
 #undef KERNEL_HEADER

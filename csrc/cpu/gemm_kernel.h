@@ -2,12 +2,35 @@
 // AVX-512's 32 registers and reach its multiply-add peak (Goto, van de Geijn, "Anatomy of
 // High-Performance Matrix Multiplication", 2008).
 //
+// A and B consist of 32-bit words: a float, or two bfloat16 numbers of consecutive channels, whose
+// products are added to one float (AVX512_BF16's vdpbf16ps, twice the multiply-adds a cycle).
+//
 // A is read in place, as two halves of equally spaced rows, so that a tile may span two image rows
 // and still needs few address registers. B is packed as [depth][32].
 // Included inside the namespace of one instruction set (for_each_isa.h).
 
 #include "vectors.h"
 #include "finish.h"
+
+struct Floats {
+  static constexpr int kPerWord = 1;
+  DEVICE_INLINE static void multiply_add(Vector& sum, Vector a, Vector b) { sum += a * b; }
+  DEVICE_INLINE static void store_words(float* to, Vector value) { store(to, value); }
+};
+
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+struct Bf16Pairs {
+  static constexpr int kPerWord = 2;
+  DEVICE_INLINE static void multiply_add(Vector& sum, Vector a, Vector b) {
+    sum = bits_as<Vector>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(a),
+                                           bits_as<__m512bh>(b)));
+  }
+  DEVICE_INLINE static void store_words(float* to, Vector value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        bits_as<__m256i>(_mm512_cvtneps_pbh(bits_as<__m512>(value))));
+  }
+};
+#endif
 
 constexpr int kHalf = kLanes == 16 ? 7 : 3;
 constexpr int kGemmRows = 2 * kHalf;
@@ -26,7 +49,7 @@ struct GemmRows {
   int64_t chunk_stride;  // from 16 columns of A to the next 16
 };
 
-template <int kRows>
+template <class Element, int kRows>
 DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const float* b,
                             int64_t depth, ReadAhead& ahead) {
   const float* first = a.first;
@@ -41,8 +64,8 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
         const float* row =
             r < kHalf ? first + r * a.row_stride : second + (r - kHalf) * a.row_stride;
         const Vector value = all(row[k]);
-        sums[r][0] += value * b0;
-        sums[r][1] += value * b1;
+        Element::multiply_add(sums[r][0], value, b0);
+        Element::multiply_add(sums[r][1], value, b1);
       }
       b += kPanel;
       __builtin_prefetch(ahead.next, 0, 2);
@@ -54,11 +77,11 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
 }
 
 // c[row][32] = A B
-template <int kRows>
+template <class Element, int kRows>
 void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, ReadAhead ahead, float* c) {
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
-    gemm_add<kRows>(sums, a, b + column, depth, ahead);
+    gemm_add<Element, kRows>(sums, a, b + column, depth, ahead);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       store(c + r * kPanel + column, sums[r][0]);

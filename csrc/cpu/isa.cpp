@@ -10,7 +10,7 @@
 namespace resnet_fused {
 namespace {
 
-constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 Isa best_isa() {
 #if RESNET_FUSED_X86
@@ -20,6 +20,7 @@ Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 #else
   return Isa::baseline;
@@ -30,13 +31,13 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* wanted = std::getenv("RESNET_FUSED_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (std::string(wanted) != names[i]) continue;
     check(i <= static_cast<int>(best), "RESNET_FUSED_CPU_ISA: this CPU supports ",
           names[static_cast<int>(best)], " at most, got ", wanted);
     return static_cast<Isa>(i);
   }
-  check(false, "RESNET_FUSED_CPU_ISA must be avx512, avx2 or baseline, got '", wanted, "'");
+  check(false, "RESNET_FUSED_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline, got '", wanted, "'");
   return best;
 }
 

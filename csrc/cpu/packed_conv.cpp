@@ -63,17 +63,18 @@ void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm)
         ": winograd4 takes stride 1 or 2, winograd2 stride 1, got ", y, " and ", x);
 }
 
-int64_t packed_size(const Tensor& weight, int64_t groups, Algorithm algorithm) {
+// Words: float32, or pairs of bfloat16.
+int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, bool pairs) {
+  const int64_t words = pairs ? (weight.size(1) + 1) / 2 : weight.size(1);
   const size_t size =
       is_winograd(algorithm)
-          ? winograd_packed_size(weight.size(0), weight.size(1), groups, largest_tile(algorithm))
-          : direct_packed_size(weight.size(0), weight.size(1), weight.size(2) * weight.size(3),
-                               groups);
+          ? winograd_packed_words(weight.size(0), words, groups, largest_tile(algorithm))
+          : direct_packed_words(weight.size(0), words, weight.size(2) * weight.size(3), groups);
   return static_cast<int64_t>(size);
 }
 
 Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
-                 const std::string& algorithm_name) {
+                 const std::string& algorithm_name, bool pairs) {
   constexpr const char* caller = "_pack_conv";
   const Algorithm algorithm = parse_algorithm(caller, algorithm_name);
   check_weight(caller, weight, groups, algorithm);
@@ -83,13 +84,14 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
         dtype_name(weight.scalar_type()));
   const Tensor w = dense(weight, MemoryFormat::Contiguous);
   const double* data = static_cast<const double*>(w.const_data_ptr());
-  const int64_t size = packed_size(weight, groups, algorithm);
-  Tensor packed = pool_empty({&size, 1}, MemoryFormat::Contiguous, ScalarType::Float);
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  const int64_t size = packed_words(weight, groups, algorithm, pairs) * (pairs ? 2 : 1);
+  Tensor packed = pool_empty({&size, 1}, MemoryFormat::Contiguous,
+                             pairs ? ScalarType::BFloat16 : ScalarType::Float);
+  void* to = packed.mutable_data_ptr();
   if (is_winograd(algorithm)) {
-    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, to);
+    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs, to);
   } else {
-    direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, to);
+    direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, pairs, to);
   }
   return packed;
 }
@@ -104,7 +106,8 @@ struct Step {
   Activation act;
   float negative_slope;
   const float* packed;
-  const float* weight;
+  bool pairs;
+  const void* weight;
   const int64_t* weight_strides;
   const float* scale;
   const float* shift;
@@ -151,22 +154,24 @@ const float* check_channels(const char* name, const Tensor& tensor, int64_t chan
 }
 
 Sizes check_image(const char* name, const Tensor& tensor) {
-  check(tensor.is_cpu() && tensor.dim() == 4 && tensor.scalar_type() == ScalarType::Float, op, ": ",
-        name, " must be a float32 CPU tensor with 4 dimensions, got ",
+  check(tensor.is_cpu() && tensor.dim() == 4 &&
+            (tensor.scalar_type() == ScalarType::Float ||
+             tensor.scalar_type() == ScalarType::BFloat16),
+        op, ": ", name, " must be a float32 or bfloat16 CPU tensor with 4 dimensions, got ",
         dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
 struct Value {
   Sizes sizes;
-  const float* data;  // of the outside ones and of the last
+  const char* data;  // of the outside ones and of the last
   const int64_t* strides;
 };
 
-void run_step(const Step& step, int64_t images, const float* input, const int64_t* input_strides,
-              const float* residual, float* output) {
-  ConvArguments arguments{step.shape, input,  step.packed, step.shift,
-                          residual,   output, step.act,    step.negative_slope};
+void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
+              const int64_t* input_strides, const void* residual, void* output) {
+  ConvArguments arguments{step.shape, input,    step.packed,         step.shift, residual,
+                          output,     step.act, step.negative_slope, is_bf16,    step.pairs};
   arguments.shape.batch = images;
   if (is_winograd(step.algorithm)) {
     winograd_run(arguments, step.weight, step.weight_strides, step.scale,
@@ -189,8 +194,14 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
         op,
         ": packed, weights, scales, shifts, steps, algorithms, acts and negative_slopes must "
         "describe the same number of convolutions, one at least");
+  const ScalarType dtype = input.scalar_type();
+  const bool is_bf16 = dtype == ScalarType::BFloat16;
   std::vector<Value> values{{check_image("input", input), nullptr, nullptr}, {}};
-  if (residual) values[1].sizes = check_image("residual", *residual);
+  if (residual) {
+    values[1].sizes = check_image("residual", *residual);
+    check(residual->scalar_type() == dtype, op, ": residual must have the dtype of input, ",
+          dtype_name(dtype), ", got ", dtype_name(residual->scalar_type()));
+  }
   std::vector<Step> steps;
   bool needs_dense = false;
   for (size_t i = 0; i < count; ++i) {
@@ -204,17 +215,20 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
           n.residual);
     const Algorithm algorithm = parse_algorithm(op, algorithms[i]);
     check_weight(op, weights[i], n.groups, algorithm);
-    check(weights[i].scalar_type() == ScalarType::Float, op, ": weight must be float32, got ",
-          dtype_name(weights[i].scalar_type()));
+    check(weights[i].scalar_type() == dtype, op, ": weight must have the dtype of input, ",
+          dtype_name(dtype), ", got ", dtype_name(weights[i].scalar_type()));
     const ConvShape shape = conv_shape(values[n.input].sizes, weights[i], n);
     check_stride(op, n.stride[0], n.stride[1], algorithm);
     check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
           ": Winograd takes dilation 1");
-    const int64_t size = packed_size(weights[i], n.groups, algorithm);
-    check(packed[i].is_cpu() && packed[i].scalar_type() == ScalarType::Float &&
+    const bool pairs = packed[i].scalar_type() == ScalarType::BFloat16;
+    const int64_t size = packed_words(weights[i], n.groups, algorithm, pairs) * (pairs ? 2 : 1);
+    check(packed[i].is_cpu() && (pairs ? is_bf16 : packed[i].scalar_type() == ScalarType::Float) &&
               packed[i].dim() == 1 && packed[i].size(0) == size,
           op, ": packed must be what _pack_conv made of weight for ", algorithms[i], ", got ",
           dtype_name(packed[i].scalar_type()), " ", shape_text(packed[i].sizes()));
+    check(pairs || !is_bf16 || is_winograd(algorithm), op,
+          ": packed must be bfloat16 for direct beside bfloat16 data");
     const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
     check(n.residual < 0 || values[n.residual].sizes == sizes, op,
           ": residual must have the shape of the output, ",
@@ -222,8 +236,8 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
     needs_dense |= (n.input == 0 && is_winograd(algorithm)) || n.residual == 0;
     steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, acts[i]),
                      static_cast<float>(negative_slopes[i]),
-                     static_cast<const float*>(packed[i].const_data_ptr()),
-                     static_cast<const float*>(weights[i].const_data_ptr()),
+                     static_cast<const float*>(packed[i].const_data_ptr()), pairs,
+                     weights[i].const_data_ptr(),
                      weights[i].strides().data(),
                      check_channels("scale", scales[i], shape.out_channels),
                      check_channels("shift", shifts[i], shape.out_channels)});
@@ -232,44 +246,49 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
 
   const Sizes& out = values.back().sizes;
   Tensor output =
-      pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, ScalarType::Float);
+      pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, dtype);
   if (output.numel() == 0) return output;
   const Tensor x = needs_dense ? dense(input, MemoryFormat::ChannelsLast) : input;
   const std::vector<int64_t> dense_x = dense_strides(input.sizes(), MemoryFormat::ChannelsLast);
-  values[0].data = static_cast<const float*>(x.const_data_ptr());
+  values[0].data = static_cast<const char*>(x.const_data_ptr());
   values[0].strides = needs_dense ? dense_x.data() : x.strides().data();
   const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : x;
-  if (residual) values[1].data = static_cast<const float*>(r.const_data_ptr());
+  if (residual) values[1].data = static_cast<const char*>(r.const_data_ptr());
 
-  std::vector<int64_t> image_size;  // floats of one image of each value
-  int64_t touched = 0, between = 0;
+  const int64_t bytes = is_bf16 ? 2 : 4;
+  std::vector<int64_t> image_size;  // bytes of one image of each value
+  int64_t touched = 0;
   for (size_t v = 0; v < values.size(); ++v) {
     const Sizes& s = values[v].sizes;
-    image_size.push_back(s[1] * s[2] * s[3]);
+    image_size.push_back(s[1] * s[2] * s[3] * bytes);
     touched += image_size[v];
-    if (v >= kOutside && v + 1 < values.size()) between += image_size[v];
   }
-  const int64_t limit = kChunkBytes / static_cast<int64_t>(sizeof(float)) / touched;
+  const int64_t limit = kChunkBytes / touched;
   const int64_t chunk = count == 1 ? out[0] : std::min(out[0], std::max<int64_t>(1, limit));
-  const Workspace workspace(static_cast<size_t>(between * chunk));
-  float* const result = static_cast<float*>(output.mutable_data_ptr());
+  std::vector<int64_t> place;  // of what lies between the convolutions, in bytes
+  int64_t between = 0;
+  for (size_t i = 0; i + 1 < count; ++i) {
+    place.push_back(between);
+    between += (image_size[kOutside + i] * chunk + 63) / 64 * 64;
+  }
+  const Workspace workspace(static_cast<size_t>(between) / sizeof(float));
+  char* const scratch = reinterpret_cast<char*>(workspace.data());
+  char* const result = static_cast<char*>(output.mutable_data_ptr());
   for (int64_t first = 0; first < out[0]; first += chunk) {
     const int64_t images = std::min(chunk, out[0] - first);
-    std::vector<const float*> at;
-    at.push_back(values[0].data + first * values[0].strides[0]);
+    std::vector<const char*> at;
+    at.push_back(values[0].data + first * values[0].strides[0] * bytes);
     at.push_back(residual ? values[1].data + first * image_size[1] : nullptr);
-    float* next = workspace.data();
     for (size_t i = 0; i < count; ++i) {
       const Step& step = steps[i];
-      const bool last = i + 1 == count;
-      float* const to = last ? result + first * image_size.back() : next;
+      char* const to =
+          i + 1 == count ? result + first * image_size.back() : scratch + place[i];
       const std::vector<int64_t> between_strides =
           dense_strides({values[step.input].sizes.data(), 4}, MemoryFormat::ChannelsLast);
-      run_step(step, images, at[step.input],
+      run_step(step, is_bf16, images, at[step.input],
                step.input == 0 ? values[0].strides : between_strides.data(),
                step.residual < 0 ? nullptr : at[step.residual], to);
       at.push_back(to);
-      if (!last) next += image_size[kOutside + i] * chunk;
     }
   }
   return output;
@@ -279,7 +298,7 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
-  m.def("_pack_conv(Tensor weight, int stride, int groups, str algorithm) -> Tensor");
+  m.def("_pack_conv(Tensor weight, int stride, int groups, str algorithm, bool pairs) -> Tensor");
   m.def(
       "_packed_convs(Tensor input, Tensor? residual, Tensor[] packed, Tensor[] weights, "
       "Tensor[] scales, Tensor[] shifts, int[] steps, str[] algorithms, str[] acts, "

@@ -8,11 +8,27 @@ typedef float Vector __attribute__((vector_size(RESNET_FUSED_VECTOR_BYTES)));
 typedef float UnalignedVector
     __attribute__((vector_size(RESNET_FUSED_VECTOR_BYTES), aligned(4), may_alias));
 
+typedef uint32_t WordVector __attribute__((vector_size(RESNET_FUSED_VECTOR_BYTES)));
+typedef uint16_t HalfVector __attribute__((vector_size(RESNET_FUSED_VECTOR_BYTES / 2)));
+typedef uint16_t UnalignedHalfVector
+    __attribute__((vector_size(RESNET_FUSED_VECTOR_BYTES / 2), aligned(2), may_alias));
+
 DEVICE_INLINE Vector load(const float* from) {
   return *reinterpret_cast<const UnalignedVector*>(from);
 }
 DEVICE_INLINE void store(float* to, Vector value) {
   *reinterpret_cast<UnalignedVector*>(to) = value;
+}
+DEVICE_INLINE Vector load(const bf16* from) {
+  const HalfVector bits = *reinterpret_cast<const UnalignedHalfVector*>(from);
+  return bits_as<Vector>(__builtin_convertvector(bits, WordVector) << 16);
+}
+// Round to nearest even, as narrow() in simd.h.
+DEVICE_INLINE void store(bf16* to, Vector value) {
+  const WordVector bits = bits_as<WordVector>(value);
+  const WordVector rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const WordVector kept = value == value ? rounded : WordVector{} + 0x7FC0u;
+  *reinterpret_cast<UnalignedHalfVector*>(to) = __builtin_convertvector(kept, HalfVector);
 }
 DEVICE_INLINE Vector all(float value) {
   return value - Vector{};

@@ -27,6 +27,7 @@
 #include "workspace.h"
 
 #define KERNEL_HEADER "winograd_kernel.h"
+#define RESNET_FUSED_WITH_BF16
 #include "for_each_isa.h"
 
 namespace resnet_fused {
@@ -46,26 +47,30 @@ constexpr int64_t kManyWeights = int64_t(2) << 20;
 
 }  // namespace
 
-size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_t groups,
-                            int64_t largest) {
+size_t winograd_packed_words(int64_t out_channels, int64_t group_words, int64_t groups,
+                             int64_t largest) {
   const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
-  return static_cast<size_t>(groups * panels * (largest + 2) * (largest + 2) * group_channels *
+  return static_cast<size_t>(groups * panels * (largest + 2) * (largest + 2) * group_words *
                              kPanel);
 }
 
-void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, int64_t stride, float* packed) {
-  const Taps* const g = largest == 2 ? kWeights2 : stride == 2 ? kStridedWeights4 : kWeights4;
-  const int64_t along = largest + 2, outputs = out_channels / groups;
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+namespace {
+
+// `Number` is float, or bf16 of which two make a word.
+template <class Number>
+void pack(const double* weight, int64_t outputs, int64_t channels, int64_t groups, int64_t largest,
+          const Taps* g, Number* packed) {
+  constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
+  const int64_t along = largest + 2, panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t padded = (channels + kPerWord - 1) / kPerWord * kPerWord;
   torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t group = index / panels, first = index % panels * kPanel;
-      float* const to = packed + index * along * along * channels * kPanel;
-      for (int64_t c = 0; c < channels; ++c) {
+      Number* const to = packed + index * along * along * padded * kPanel;
+      for (int64_t c = 0; c < padded; ++c) {
         for (int64_t n = 0; n < kPanel; ++n) {
           double half[6][3] = {};
-          const bool inside = first + n < outputs;
+          const bool inside = first + n < outputs && c < channels;
           const double* w = weight + ((group * outputs + first + n) * channels + c) * 9;
           for (int64_t p = 0; inside && p < along; ++p) {
             for (int64_t s = 0; s < 3; ++s) {
@@ -75,7 +80,8 @@ void winograd_pack(const double* weight, int64_t out_channels, int64_t channels,
           for (int64_t p = 0; p < along; ++p) {
             for (int64_t q = 0; q < along; ++q) {
               const double u = half[p][0] * g[q][0] + half[p][1] * g[q][1] + half[p][2] * g[q][2];
-              to[((p * along + q) * channels + c) * kPanel + n] = static_cast<float>(u);
+              const int64_t row = (p * along + q) * padded / kPerWord + c / kPerWord;
+              write_packed(to, (row * kPanel + n) * kPerWord + c % kPerWord, u);
             }
           }
         }
@@ -84,7 +90,20 @@ void winograd_pack(const double* weight, int64_t out_channels, int64_t channels,
   });
 }
 
-void winograd_run(const ConvArguments& conv, const float* weight, const int64_t* weight_strides,
+}  // namespace
+
+void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
+                   int64_t largest, int64_t stride, bool pairs, void* packed) {
+  const Taps* const g = largest == 2 ? kWeights2 : stride == 2 ? kStridedWeights4 : kWeights4;
+  const int64_t outputs = out_channels / groups;
+  if (pairs) {
+    pack(weight, outputs, channels, groups, largest, g, static_cast<bf16*>(packed));
+  } else {
+    pack(weight, outputs, channels, groups, largest, g, static_cast<float*>(packed));
+  }
+}
+
+void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
                   const float* scale, int64_t largest) {
   WinogradTask task{conv, weight, {}, scale, largest, 0};
   std::copy(weight_strides, weight_strides + 4, task.weight_strides);
@@ -92,7 +111,7 @@ void winograd_run(const ConvArguments& conv, const float* weight, const int64_t*
   const int64_t tiles = shape.batch * WinogradTiles{shape.out_height, largest}.count() *
                         WinogradTiles{shape.out_width, largest}.count();
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t channels = shape.group_channels();
+  const int64_t channels = conv.group_words();
 
   // Many channels or few tiles: the threads share out the output channels, so that each reads a
   // part of the weights and not all of them, and transforms every tile itself.
@@ -112,7 +131,8 @@ void winograd_run(const ConvArguments& conv, const float* weight, const int64_t*
   const Workspace workspace(static_cast<size_t>(workers * each + shape.channels));
   float* const zeros = workspace.data() + workers * each;
   std::fill(zeros, zeros + shape.channels, 0.0f);
-  const WinogradKernel kernel = RESNET_FUSED_CALL(winograd_kernel_address);
+  const WinogradKernel kernel = RESNET_FUSED_CALL_BF16(winograd_kernel_for, task);
+  check(kernel != nullptr, "_packed_convs: packed is bfloat16, which needs AVX512_BF16");
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       const int64_t end = units * (worker + 1) / workers;

@@ -36,7 +36,7 @@ constexpr int64_t kWinogradLargestBlock = 64;
 
 struct WinogradTask {
   ConvArguments conv;
-  const float* weight;  // [out_channels][channels / groups][3][3], not transformed
+  const void* weight;  // [out_channels][channels / groups][3][3] like the data, not transformed
   int64_t weight_strides[4];
   const float* scale;  // [out_channels], or null
   int64_t largest;     // outputs along one side of a tile
@@ -57,7 +57,7 @@ struct WinogradTask {
   // Floats of one weight's matrices; 64 bytes more than they take, so that the same rows of all do
   // not fall into the same cache sets.
   int64_t input_slice(int64_t weight) const {
-    return (conv.shape.group_channels() + 15) / 16 * 16 * most_rows(weight) + 16;
+    return (conv.group_words() + 15) / 16 * 16 * most_rows(weight) + 16;
   }
   int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
   int64_t workspace() const {
@@ -71,15 +71,15 @@ struct WinogradTask {
 // byte aligned; `zeros` has as many of them as the input has channels.
 using WinogradKernel = void (*)(const WinogradTask& task, int64_t first, int64_t count,
                                 int64_t group, int64_t begin, int64_t end, float* workspace,
-                                const float* zeros);
+                                const void* zeros);
 
-// Packed weights: [group][panel of 32 outputs][weight][channel][32].
-size_t winograd_packed_size(int64_t out_channels, int64_t group_channels, int64_t groups,
-                            int64_t largest);
+// Packed weights: [group][panel of 32 outputs][weight][channel or pair][32] words.
+size_t winograd_packed_words(int64_t out_channels, int64_t group_words, int64_t groups,
+                             int64_t largest);
 // `weight` is [out_channels][channels][3][3], `channels` those of one group.
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, int64_t stride, float* packed);
-void winograd_run(const ConvArguments& conv, const float* weight, const int64_t* weight_strides,
+                   int64_t largest, int64_t stride, bool pairs, void* packed);
+void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
                   const float* scale, int64_t largest);
 
 }  // namespace resnet_fused

@@ -78,8 +78,9 @@ struct EntryPlace {
   int64_t chunk_stride;
 };
 
-template <int kHeight, int kWidth, int kStride>
-void transform_input_chunk(const float* const* pixels, int64_t channel, const EntryPlace* entries,
+// 16 channels; `chunk` counts them in the transformed data.
+template <class T, class Element, int kHeight, int kWidth, int kStride>
+void transform_input_chunk(const T* const* pixels, int64_t channel, const EntryPlace* entries,
                            int64_t chunk) {
   using Column = Line<kHeight, kStride>;
   using Row = Line<kWidth, kStride>;
@@ -103,53 +104,42 @@ void transform_input_chunk(const float* const* pixels, int64_t channel, const En
 #pragma GCC unroll 9
       for (int x = 0; x < Row::kSize; ++x) {
         const EntryPlace& entry = entries[y * Row::kSize + x];
-        store(entry.data + chunk * entry.chunk_stride + lane, v[x]);
+        Element::store_words(entry.data + chunk / Element::kPerWord * entry.chunk_stride +
+                                 (chunk % Element::kPerWord * 16 + lane) / Element::kPerWord,
+                             v[x]);
       }
     }
   }
 }
 
-template <int kHeight, int kWidth, int kStride>
-void transform_input(const float* const* pixels, int64_t channels, const EntryPlace* entries) {
+template <class T, class Element, int kHeight, int kWidth, int kStride>
+void transform_input(const T* const* pixels, int64_t channels, const EntryPlace* entries) {
   constexpr int kPixels = Line<kHeight, kStride>::kSize * Line<kWidth, kStride>::kSize;
   const int64_t whole = channels / 16;
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    transform_input_chunk<kHeight, kWidth, kStride>(pixels, chunk * 16, entries, chunk);
+    transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pixels, chunk * 16, entries, chunk);
   }
   if (channels % 16 == 0) return;
-  float rest[kPixels][16] = {};
-  const float* pointers[kPixels];
+  T rest[kPixels][16] = {};
+  const T* pointers[kPixels];
   for (int i = 0; i < kPixels; ++i) {
     pointers[i] = rest[i];
     for (int64_t c = 0; c < channels % 16; ++c) rest[i][c] = pixels[i][whole * 16 + c];
   }
-  transform_input_chunk<kHeight, kWidth, kStride>(pointers, 0, entries, whole);
+  transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pointers, 0, entries, whole);
 }
 
-// [stride - 1][height - 2][width - 2]
-#define BY_TILE(function)                                              \
-  {                                                                    \
-    {{function<2, 2, 1>, function<2, 3, 1>, function<2, 4, 1>},        \
-     {function<3, 2, 1>, function<3, 3, 1>, function<3, 4, 1>},        \
-     {function<4, 2, 1>, function<4, 3, 1>, function<4, 4, 1>}},       \
-    {                                                                  \
-      {function<2, 2, 2>, function<2, 3, 2>, function<2, 4, 2>},       \
-          {function<3, 2, 2>, function<3, 3, 2>, function<3, 4, 2>}, { \
-        function<4, 2, 2>, function<4, 3, 2>, function<4, 4, 2>        \
-      }                                                                \
-    }                                                                  \
-  }
-
 // Where a tile's pixels lie; outside of the image they are zero.
-inline void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t group,
-                          const float* zeros, const float** pixels) {
+template <class T>
+void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t group,
+                   const T* zeros, const T** pixels) {
   const ConvShape& shape = task.conv.shape;
   for (int64_t i = 0, n = 0; i < line_size(task, tile.height); ++i) {
     const int64_t y = tile.y * task.stride() + i - shape.padding[0];
     const bool row_inside = y >= 0 && y < shape.height;
-    const float* row = task.conv.input +
-                       (tile.image * shape.height + y) * shape.width * shape.channels +
-                       group * shape.group_channels();
+    const T* row = static_cast<const T*>(task.conv.input) +
+                   (tile.image * shape.height + y) * shape.width * shape.channels +
+                   group * shape.group_channels();
     for (int64_t j = 0; j < line_size(task, tile.width); ++j, ++n) {
       const int64_t x = tile.x * task.stride() + j - shape.padding[1];
       const bool inside = row_inside && x >= 0 && x < shape.width;
@@ -158,36 +148,46 @@ inline void locate_pixels(const WinogradTask& task, const WinogradTile& tile, in
   }
 }
 
-inline void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
-                             float* workspace, const float* zeros) {
-  static constexpr decltype(&transform_input<2, 2, 1>) kByTile[2][3][3] = BY_TILE(transform_input);
+template <class T, class Element, int kStride>
+void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
+                      float* workspace, const T* zeros) {
+  static constexpr decltype(&transform_input<T, Element, 2, 2, kStride>) kBySize[3][3] = {
+      {transform_input<T, Element, 2, 2, kStride>, transform_input<T, Element, 2, 3, kStride>,
+       transform_input<T, Element, 2, 4, kStride>},
+      {transform_input<T, Element, 3, 2, kStride>, transform_input<T, Element, 3, 3, kStride>,
+       transform_input<T, Element, 3, 4, kStride>},
+      {transform_input<T, Element, 4, 2, kStride>, transform_input<T, Element, 4, 3, kStride>,
+       transform_input<T, Element, 4, 4, kStride>}};
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
-    const float* pixels[kWinogradMostEntries];
+    const T* pixels[kWinogradMostEntries];
     locate_pixels(task, tile, group, zeros, pixels);
     EntryPlace entries[kWinogradMostEntries];
     for (int64_t n = 0; n < tile.entries; ++n) {
       const int64_t w = tile.weight[n];
       entries[n] = {workspace + block.inputs[w] + tile.row[n] * 16, block.rows[w] * 16};
     }
-    kByTile[task.stride() - 1][tile.height - 2][tile.width - 2](
-        pixels, task.conv.shape.group_channels(), entries);
+    kBySize[tile.height - 2][tile.width - 2](pixels, task.conv.shape.group_channels(), entries);
   }
 }
 
 // ---- products ----------------------------------------------------------------------------------
 
-template <int... kRows>
+template <class Element, int... kRows>
 struct GemmTable {
-  static constexpr decltype(&gemm_to_memory<1>) kByRows[] = {gemm_to_memory<kRows>...};
+  static constexpr decltype(&gemm_to_memory<Element, 1>) kByRows[] = {
+      gemm_to_memory<Element, kRows>...};
 };
 #if RESNET_FUSED_VECTOR_BYTES == 64
-using Gemms = GemmTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
+template <class Element>
+using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 #else
-using Gemms = GemmTable<1, 2, 3, 4, 5, 6>;
+template <class Element>
+using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6>;
 #endif
 
-inline void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
+template <class Element>
+void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
                      float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
@@ -195,7 +195,7 @@ inline void multiply(const float* transformed, int64_t rows, const float* weight
     const float* first = transformed + begin * 16;
     const ReadAhead ahead{part < 2 ? weights + depth * kPanel + part * 16 : weights,
                           part < 2 ? kPanel : 0};
-    Gemms::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights, depth,
+    Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights, depth,
                                     ahead, products + begin * kPanel);
   }
 }
@@ -241,8 +241,8 @@ struct OutputPlace {
   int64_t height, width;  // of the tile inside the image
 };
 
-template <int kHeight, int kWidth, int kStride>
-bool transform_output(const float* const* products, const Finish& finish,
+template <class T, int kHeight, int kWidth, int kStride>
+bool transform_output(const float* const* products, const Finish<T>& finish,
                       const OutputPlace& place) {
   Vector check{};
   float sums[kHeight * kWidth][kPanel];
@@ -276,8 +276,16 @@ bool transform_output(const float* const* products, const Finish& finish,
 
 // The tile again by the definition, for data that is not finite: an infinity would make every
 // output of its tile NaN, where eager PyTorch has NaN or infinity in nine of them.
-inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
-                          int64_t channel, const Finish& finish, const OutputPlace& place) {
+DEVICE_INLINE float as_float(float value) {
+  return value;
+}
+DEVICE_INLINE float as_float(bf16 value) {
+  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+template <class T>
+void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
+                   int64_t channel, const Finish<T>& finish, const OutputPlace& place) {
   const ConvShape& shape = task.conv.shape;
   const int64_t channels = shape.group_channels();
   for (int64_t i = 0; i < place.height; ++i) {
@@ -290,14 +298,15 @@ inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, in
           for (int64_t s = 0; s < 3; ++s) {
             const int64_t x = (tile.x + j) * task.stride() + s - shape.padding[1];
             if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) continue;
-            const float* pixel =
-                task.conv.input +
-                ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
-                group * channels;
-            const float* weight = task.weight + (channel + n) * task.weight_strides[0] +
-                                  r * task.weight_strides[2] + s * task.weight_strides[3];
-            for (int64_t c = 0; c < channels; ++c)
-              sum += pixel[c] * weight[c * task.weight_strides[1]];
+            const T* pixel = static_cast<const T*>(task.conv.input) +
+                             ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
+                             group * channels;
+            const T* weight = static_cast<const T*>(task.weight) +
+                              (channel + n) * task.weight_strides[0] +
+                              r * task.weight_strides[2] + s * task.weight_strides[3];
+            for (int64_t c = 0; c < channels; ++c) {
+              sum += as_float(pixel[c]) * as_float(weight[c * task.weight_strides[1]]);
+            }
           }
         }
         sums[n] = task.scale == nullptr ? sum : sum * task.scale[channel + n];
@@ -308,9 +317,12 @@ inline void convolve_tile(const WinogradTask& task, const WinogradTile& tile, in
 }
 
 // Brings in the lines that a tile will write, and those of its residual.
-inline void expect_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
-                        int64_t panel) {
+template <class T>
+void expect_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
+                 int64_t panel) {
   const ConvShape& shape = task.conv.shape;
+  const T* const residual = static_cast<const T*>(task.conv.residual);
+  T* const output = static_cast<T*>(task.conv.output);
   const int64_t channel = group * shape.group_out_channels() + panel * kPanel;
   for (int64_t i = 0; i < tile.height && tile.y + i < shape.out_height; ++i) {
     for (int64_t j = 0; j < tile.width && tile.x + j < shape.out_width; ++j) {
@@ -318,25 +330,34 @@ inline void expect_tile(const WinogradTask& task, const WinogradTile& tile, int6
           ((tile.image * shape.out_height + tile.y + i) * shape.out_width + tile.x + j) *
               shape.out_channels +
           channel;
-      for (int64_t c = 0; c < kPanel; c += 16) {
-        if (task.conv.residual != nullptr) __builtin_prefetch(task.conv.residual + offset + c);
-        __builtin_prefetch(task.conv.output + offset + c, 1);
+      for (size_t c = 0; c < kPanel; c += 64 / sizeof(T)) {
+        if (residual != nullptr) __builtin_prefetch(residual + offset + c);
+        __builtin_prefetch(output + offset + c, 1);
       }
     }
   }
 }
 
-inline void transform_outputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
-                              int64_t panel, const float* workspace) {
-  static constexpr decltype(&transform_output<2, 2, 1>) kByTile[2][3][3] =
-      BY_TILE(transform_output);
+template <class T, int kStride>
+void transform_outputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
+                       int64_t panel, const float* workspace) {
+  static constexpr decltype(&transform_output<T, 2, 2, kStride>) kBySize[3][3] = {
+      {transform_output<T, 2, 2, kStride>, transform_output<T, 2, 3, kStride>,
+       transform_output<T, 2, 4, kStride>},
+      {transform_output<T, 3, 2, kStride>, transform_output<T, 3, 3, kStride>,
+       transform_output<T, 3, 4, kStride>},
+      {transform_output<T, 4, 2, kStride>, transform_output<T, 4, 3, kStride>,
+       transform_output<T, 4, 4, kStride>}};
   const ConvShape& shape = task.conv.shape;
   const int64_t outputs = shape.group_out_channels();
   const int64_t channel = group * outputs + panel * kPanel;
   const int64_t columns = outputs - panel * kPanel < kPanel ? outputs - panel * kPanel : kPanel;
-  const Finish finish{
-      task.conv.shift + channel, task.conv.residual, task.conv.output, columns, task.conv.act,
-      task.conv.negative_slope};
+  const Finish<T> finish{task.conv.shift + channel,
+                         static_cast<const T*>(task.conv.residual),
+                         static_cast<T*>(task.conv.output),
+                         columns,
+                         task.conv.act,
+                         task.conv.negative_slope};
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
     const float* entries[kWinogradMostEntries];
@@ -349,18 +370,20 @@ inline void transform_outputs(const WinogradTask& task, const WinogradBlock& blo
             channel,
         shape.out_width * shape.out_channels, shape.out_channels,
         below < tile.height ? below : tile.height, beside < tile.width ? beside : tile.width};
-    if (!kByTile[task.stride() - 1][tile.height - 2][tile.width - 2](entries, finish, place)) {
+    if (!kBySize[tile.height - 2][tile.width - 2](entries, finish, place)) {
       convolve_tile(task, tile, group, channel, finish, place);
     }
   }
 }
 
-inline void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int64_t group,
-                            int64_t begin, int64_t end, float* workspace, const float* zeros) {
+template <class T, class Element, int kStride>
+void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int64_t group,
+                     int64_t begin, int64_t end, float* workspace, const void* zeros) {
   WinogradBlock block;
   cut_block(task, first, count, block);
-  transform_inputs(task, block, group, workspace, zeros);
-  const int64_t depth = task.conv.shape.group_channels(), weights = task.weights();
+  transform_inputs<T, Element, kStride>(task, block, group, workspace,
+                                        static_cast<const T*>(zeros));
+  const int64_t depth = task.conv.group_words(), weights = task.weights();
   for (int64_t panel = begin; panel < end; ++panel) {
     const float* packed =
         task.conv.packed + (group * task.panels() + panel) * weights * depth * kPanel;
@@ -368,18 +391,28 @@ inline void winograd_kernel(const WinogradTask& task, int64_t first, int64_t cou
       // Meanwhile the lines that the output will be written to come in, a few tiles at a time.
       const int64_t expected = block.count * (w + 1) / weights;
       for (int64_t t = block.count * w / weights; t < expected; ++t) {
-        expect_tile(task, block.tiles[t], group, panel);
+        expect_tile<T>(task, block.tiles[t], group, panel);
       }
       if (block.rows[w] == 0) continue;
-      multiply(workspace + block.inputs[w], block.rows[w], packed + w * depth * kPanel, depth,
-               workspace + block.products[w]);
+      multiply<Element>(workspace + block.inputs[w], block.rows[w], packed + w * depth * kPanel,
+                        depth, workspace + block.products[w]);
     }
-    transform_outputs(task, block, group, panel, workspace);
+    transform_outputs<T, kStride>(task, block, group, panel, workspace);
   }
 }
 
-inline WinogradKernel winograd_kernel_address() {
-  return winograd_kernel;
+// Null where this instruction set cannot multiply pairs.
+inline WinogradKernel winograd_kernel_for(const WinogradTask& task) {
+  const bool strided = task.stride() == 2;
+  if (task.conv.pairs) {
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+    return strided ? winograd_kernel<bf16, Bf16Pairs, 2> : winograd_kernel<bf16, Bf16Pairs, 1>;
+#else
+    return nullptr;
+#endif
+  }
+  if (task.conv.is_bf16) {
+    return strided ? winograd_kernel<bf16, Floats, 2> : winograd_kernel<bf16, Floats, 1>;
+  }
+  return strided ? winograd_kernel<float, Floats, 2> : winograd_kernel<float, Floats, 1>;
 }
-
-#undef BY_TILE

@@ -21,10 +21,12 @@ def unusable(dtype: torch.dtype) -> str | None:
     """Why the kernels are not chosen for a dtype on this machine, or None if they may be."""
     if native.reason is not None:
         return native.reason
-    if dtype != torch.float32:
-        return f"they compute in float32, not in {dtype}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"they take float32 and bfloat16, not {dtype}"
     if native.isa() == "baseline":
         return "without AVX2 or AVX-512 the library's convolution is faster"
+    if dtype == torch.bfloat16 and not multiplies_bf16():
+        return "this processor has no AVX512_BF16"
     return None
 
 
@@ -33,7 +35,7 @@ class NativeConv:
     """One convolution's packed weights, and what else its kernel needs to know."""
 
     algorithm: str
-    packed: Tensor  # the scale folded in, in the algorithm's layout
+    packed: Tensor  # the scale folded in, in the algorithm's layout; bfloat16 where pairs
     weight: Tensor  # (K, C / groups, R, S) as the model holds it: read for data that is not finite
     scale: Tensor  # (K,) float32
     shift: Tensor  # (K,) float32
@@ -55,15 +57,29 @@ class Wired:
     negative_slope: float
 
 
-def pack(weight: Tensor, scale: Tensor | None, stride: int, groups: int, algorithm: str) -> Tensor:
+def multiplies_bf16() -> bool:
+    """Whether this processor's kernels multiply bfloat16 numbers, not only read and write them."""
+    return native.available and native.isa() == "avx512_bf16"
+
+
+def pack(
+    weight: Tensor,
+    scale: Tensor | None,
+    stride: int,
+    groups: int,
+    algorithm: str,
+    *,
+    pairs: bool = False,
+) -> Tensor:
     """Weights of (K, C / groups, R, S) times scale, in the layout of an algorithm.
 
-    Folded in float64, so that each packed number is rounded once.
+    Folded in float64, so that each packed number is rounded once: to float32, or with `pairs` to
+    bfloat16, two of which are multiplied in one step.
     """
     folded = weight.detach().double()
     if scale is not None:
         folded = folded * scale.double().view(-1, 1, 1, 1)
-    return torch.ops.resnet_fused._pack_conv(folded, stride, groups, algorithm)
+    return torch.ops.resnet_fused._pack_conv(folded, stride, groups, algorithm, pairs)
 
 
 class Program:
