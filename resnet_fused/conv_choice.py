@@ -36,6 +36,7 @@ class ConvProblem:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    bf16: bool = False  # float32 otherwise
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -57,11 +58,21 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
         return ()
     found = ["direct"]
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
-        if problem.stride == (1, 1) and (policy == "default" or channels >= _STRICT_CHANNELS):
+        exact = channels >= _STRICT_CHANNELS and not problem.bf16
+        if problem.stride == (1, 1) and (policy == "default" or exact):
             found.append("winograd2")
-        if problem.stride in ((1, 1), (2, 2)) and policy == "default":
+        if problem.stride in ((1, 1), (2, 2)) and (policy == "default" or problem.bf16):
             found.append("winograd4")
     return tuple(found)
+
+
+def multiplies_bf16(problem: ConvProblem, algorithm: str) -> bool:
+    """Whether an algorithm multiplies bfloat16 numbers, at twice the speed.
+
+    F(4x4) does not: rounding its transformed data would cost three times eager's error, so it
+    computes bfloat16 data in float32 and is the most exact of all.
+    """
+    return problem.bf16 and algorithm != "winograd4"
 
 
 def cost(problem: ConvProblem, algorithm: str) -> float:
@@ -72,17 +83,20 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     pixels = problem.batch * height * width
     taps = problem.kernel[0] * problem.kernel[1]
     panels = math.ceil(outputs / _PANEL) * _PANEL
+    words = channels / 2 if multiplies_bf16(problem, algorithm) else channels
     if algorithm == "onednn":
-        work = pixels * taps * channels * outputs * problem.groups / _EFFICIENCY
-        return max(work, _weight_cost(taps * channels * outputs * problem.groups)) + _CALL_COST
+        work = pixels * taps * words * outputs * problem.groups / _EFFICIENCY
+        return max(work, _weight_cost(taps * words * outputs * problem.groups)) + _CALL_COST
     if algorithm == "direct":
-        work = pixels * taps * channels * panels * problem.groups / _EFFICIENCY
-        return max(work, _weight_cost(taps * channels * panels * problem.groups)) + _CALL_COST
+        if problem.bf16:
+            words = math.ceil(channels / 2)
+        work = pixels * taps * words * panels * problem.groups / _EFFICIENCY
+        return max(work, _weight_cost(taps * words * panels * problem.groups)) + _CALL_COST
     largest, stride = 4 if algorithm == "winograd4" else 2, problem.stride[0]
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
-    products = entries * channels * panels * problem.groups / _EFFICIENCY
+    products = entries * words * panels * problem.groups / _EFFICIENCY
     transforms = entries * (channels + panels) * problem.groups * _TRANSFORM_COST[largest]
-    weights = (largest + 2) ** 2 * channels * panels * problem.groups
+    weights = (largest + 2) ** 2 * words * panels * problem.groups
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
 
@@ -91,8 +105,8 @@ def choose(problem: ConvProblem, policy: str) -> str:
     return min((*candidates(problem, policy), "onednn"), key=lambda a: cost(problem, a))
 
 
-def _weight_cost(floats: int) -> float:
-    return max(0, floats - _CACHED_WEIGHTS) * _WEIGHT_COST
+def _weight_cost(words: float) -> float:
+    return max(0.0, words - _CACHED_WEIGHTS) * _WEIGHT_COST
 
 
 def _entries(length: int, largest: int, stride: int) -> int:

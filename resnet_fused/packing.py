@@ -96,6 +96,7 @@ class Folded:
             shape[0], shape[1], (shape[2], shape[3]), weight.shape[0],
             (weight.shape[2], weight.shape[3]), (self.stride[0], self.stride[1]),
             (self.padding[0], self.padding[1]), (self.dilation[0], self.dilation[1]), self.groups,
+            self.dtype == torch.bfloat16,
         )  # fmt: skip
         size = shape[0], weight.shape[0], *problem.out_size
         if min(size) < 1:
@@ -104,17 +105,18 @@ class Folded:
         if native_conv.unusable(self.dtype) is None and weight.dtype == self.dtype:
             algorithm = conv_choice.choose(problem, policy.current())
         if algorithm != "onednn":
-            return self._native(algorithm, size)
+            pairs = conv_choice.multiplies_bf16(problem, algorithm)
+            return self._native(algorithm, size, pairs=pairs)
         reordered = onednn.reorder(self.for_onednn, shape)
         for known in self.prepared.values():
             if isinstance(known, OneDNNConv) and _same_layout(known.weight, reordered):
                 reordered = known.weight
         return OneDNNConv(self.for_onednn, reordered, size)
 
-    def _native(self, algorithm: str, size: tuple[int, ...]) -> NativeConv:
+    def _native(self, algorithm: str, size: tuple[int, ...], *, pairs: bool) -> NativeConv:
         if algorithm not in self.packed:
             self.packed[algorithm] = native_conv.pack(
-                self.weight, self.scale, self.stride[0], self.groups, algorithm
+                self.weight, self.scale, self.stride[0], self.groups, algorithm, pairs=pairs
             )
         geometry = (*self.stride, *self.padding, *self.dilation, self.groups)
         return NativeConv(

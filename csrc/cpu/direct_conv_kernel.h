@@ -5,7 +5,7 @@
 
 template <class T>
 void copy_pixel(const T* __restrict from, int64_t stride, int64_t channels, T* __restrict to) {
-  if (stride == 1) {
+  if (stride == 1 && channels >= 16) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
   } else {
