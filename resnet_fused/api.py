@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import packing
 from resnet_fused.backends import onednn
 from resnet_fused.graph.analyse import Candidate, analyse
+from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
 from resnet_fused.ops.select import native_unusable
 from resnet_fused.parity import error_budget, relative_error
@@ -122,28 +124,33 @@ class Explanation:
         return "\n".join([*lines, f"{fused} runs fused or fusible, {skipped} skipped"])
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     """Say for every convolution and batch norm: fused by which backend, or skipped and why.
 
     Args:
         model: fused or not; of an unfused one it says what :func:`fuse` would do.
+        inputs: an example of what its forward takes. With it, each convolution is named the
+            algorithm that runs it in evaluation, which depends on shape, batch, threads, the
+            precision policy and what was measured (``python -m resnet_fused tune``).
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or an input is not a tensor.
     """
     _demand_module(model)
-    return Explanation(tuple(_entry(model, c) for c in analyse(model).candidates))
+    _demand_tensors(inputs)
+    seen = conv_inputs(model, inputs) if inputs else {}
+    return Explanation(tuple(_entry(model, c, seen) for c in analyse(model).candidates))
 
 
-def _entry(model: nn.Module, candidate: Candidate) -> Entry:
+def _entry(model: nn.Module, candidate: Candidate, seen: Mapping[str, Observed]) -> Entry:
     if candidate.reason:
         return Entry(candidate.modules, "skipped", candidate.pattern, "", candidate.reason)
     status = "fused" if candidate.fused else "fusible"
-    backend = _backend(model, candidate)
+    backend = _backend(model, candidate, seen)
     return Entry(candidate.modules, status, candidate.pattern, backend, "")
 
 
-def _backend(model: nn.Module, candidate: Candidate) -> str:
+def _backend(model: nn.Module, candidate: Candidate, seen: Mapping[str, Observed]) -> str:
     """Which code `auto` takes for a run with the model's present device and dtype."""
     first = model.get_submodule(candidate.modules[0])
     tensor = next((t for t in (*first.parameters(), *first.buffers())), None)
@@ -153,8 +160,19 @@ def _backend(model: nn.Module, candidate: Candidate) -> str:
     if not candidate.pattern.startswith("conv"):
         return passes
     if tensor.device.type == "cpu" and onednn.unusable(tensor.dtype) is None:
-        return f"eval: oneDNN with post-operations; training: library conv + {passes}"
+        algorithm = _algorithm(first, seen.get(candidate.modules[0]))
+        return f"eval: {algorithm}; training: library conv + {passes}"
     return f"library conv + {passes}"
+
+
+def _algorithm(conv: nn.Module, observed: Observed | None) -> str:
+    """What runs a convolution in evaluation, for the input it was seen with."""
+    if observed is None:
+        return "by shape (explain with an example names it)"
+    assert isinstance(conv, nn.Conv2d)
+    folded = packing.fold_of(conv, None, observed.dtype) if observed.channels_last else None
+    problem = None if folded is None else folded.problem(observed.shape)
+    return "library conv + one pass" if problem is None else packing.choose(problem)
 
 
 @dataclass(frozen=True)
@@ -188,9 +206,7 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
         TypeError: model is not a module, or an input is not a tensor.
     """
     _demand_module(model)
-    for i, value in enumerate(inputs):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"inputs[{i}]: expected a tensor, got {type(value).__name__}")
+    _demand_tensors(inputs)
     fused = fuse(model)
     eager = unfuse(fused)
     other = unfuse(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -240,6 +256,12 @@ def _tensors(value: Any) -> Any:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _tensors(v)
+
+
+def _demand_tensors(inputs: Sequence[object]) -> None:
+    for i, value in enumerate(inputs):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"inputs[{i}]: expected a tensor, got {type(value).__name__}")
 
 
 def _demand_module(model: object) -> None:

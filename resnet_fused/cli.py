@@ -1,4 +1,4 @@
-"""The command line: ``python -m resnet_fused info | explain | verify | bench``.
+"""The command line: ``python -m resnet_fused info | explain | verify | bench | tune``.
 
 Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr), 130 interrupted.
 """
@@ -10,13 +10,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 import resnet_fused
-from resnet_fused import benchmark
+from resnet_fused import benchmark, tuning_cache
 from resnet_fused.benchmark import BenchmarkError, Case, Mode, Result
 
 _MODEL_HELP = "resnet50, torchvision:resnet50, timm:resnet50d or path/to/file.py:factory"
@@ -131,8 +132,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    model = benchmark.load_model(args.model).eval()
-    explanation = resnet_fused.explain(model)
+    case = case_of(args, model=args.model)
+    model, images = _example(args.model, case)
+    explanation = resnet_fused.explain(model, images)
     if args.json != "-":
         print(explanation)
     _write_json(args.json, {"model": args.model, **explanation.to_dict()})
@@ -141,10 +143,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     case = case_of(args, model=args.model, mode="training" if args.training else "inference")
-    model = benchmark.load_model(args.model)
-    images = benchmark.random_images(case.batch_size, case.image_size)
-    model = benchmark.prepare_model(model, images, case)
-    images = images.to(case.device, case.torch_dtype)
+    model, images = _example(args.model, case)
     verification = resnet_fused.verify(model, images, training=args.training)
     if args.json != "-":
         print(
@@ -154,6 +153,40 @@ def _verify(args: argparse.Namespace) -> int:
         )
     _write_json(args.json, {"model": args.model, **verification.to_dict()})
     return 0 if verification.ok else 1
+
+
+def _example(name: str, case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A case's model and images, ready to run, in channels_last."""
+    images = benchmark.random_images(case.batch_size, case.image_size)
+    model = benchmark.prepare_model(benchmark.load_model(name), images, case)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = images.to(case.device, case.torch_dtype, memory_format=torch.channels_last)
+    return model, images
+
+
+def _tune(args: argparse.Namespace) -> int:
+    case = case_of(args, model=args.model)
+    if torch.device(case.device).type != "cpu":
+        raise BenchmarkError(f"tune works on the CPU only so far, got --device {case.device}")
+    model, images = _example(args.model, case)
+    with benchmark.ProgressBar() as progress:
+        tuned = benchmark.tune(model.eval(), images, repeats=args.repeats, progress=progress)
+    names = sorted({name for t in tuned for name in t.milliseconds})
+    if args.json != "-":
+        rows = [
+            [
+                f"{t.layers[0]}" + (f" and {len(t.layers) - 1} more" if t.layers[1:] else ""),
+                t.chosen,
+                "" if t.chosen == t.expected else f"expected {t.expected}",
+                *(f"{t.milliseconds[n]:.3f}" if n in t.milliseconds else "-" for n in names),
+            ]
+            for t in tuned
+        ]
+        header = ("convolution", "chosen", "", *(f"{name} ms" for name in names))
+        benchmark.print_table(f"{args.model}, batch {case.batch_size}", header, rows, sys.stdout)
+        print(f"kept in {tuning_cache.path()}")
+    _write_json(args.json, {"model": args.model, "tuned": [asdict(t) for t in tuned]})
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -205,6 +238,7 @@ def _parser() -> Parser:
     add("info", _info, "versions, processor, GPUs, and which backends are usable")
     explain = add("explain", _explain, "what would be fused in a model, and why the rest would not")
     explain.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    add_case_arguments(explain, batch_size=1)
     verify = add(
         "verify", _verify, "compare the fused model with float64; exit status 0 if it holds, else 1"
     )
@@ -212,6 +246,12 @@ def _parser() -> Parser:
     add_case_arguments(verify, batch_size=2)
     verify.add_argument(
         "--training", action="store_true", help="compare loss and gradients as well"
+    )
+    tune = add("tune", _tune, "time every algorithm for a model's convolutions, keep the fastest")
+    tune.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    add_case_arguments(tune, batch_size=16)
+    tune.add_argument(
+        "--repeats", type=positive, default=15, metavar="N", help="timed calls (default: 15)"
     )
     bench = add("bench", _bench, "measure a model against its peers")
     bench.add_argument("model", metavar="MODEL", help=_MODEL_HELP)

@@ -38,6 +38,14 @@ class ConvProblem:
     groups: int
     bf16: bool = False  # float32 otherwise
 
+    def key(self, threads: int) -> str:
+        """A name for the problem on so many threads, as the cache of measured choices has it."""
+        pairs = (self.kernel, self.stride, self.padding, self.dilation)
+        shape = "x".join(map(str, (self.batch, self.channels, *self.size, self.out_channels)))
+        numbers = " ".join("x".join(map(str, pair)) for pair in pairs)
+        dtype = "bf16" if self.bf16 else "fp32"
+        return f"{dtype} {shape} {numbers} groups {self.groups} threads {threads}"
+
     @property
     def out_size(self) -> tuple[int, int]:
         """Height and width of the output."""
@@ -100,9 +108,17 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
 
-def choose(problem: ConvProblem, policy: str) -> str:
-    """The algorithm expected to be the fastest: one of :data:`NATIVE`, or "onednn"."""
-    return min((*candidates(problem, policy), "onednn"), key=lambda a: cost(problem, a))
+def choose(problem: ConvProblem, policy: str, measured: str | None = None) -> str:
+    """The algorithm that runs a problem: one of :data:`NATIVE`, or "onednn".
+
+    Args:
+        measured: the one that was the fastest when it was timed, if any was. It is taken if the
+            policy admits it; otherwise the one that is expected to be the fastest.
+    """
+    admitted = (*candidates(problem, policy), "onednn")
+    if measured in admitted:
+        return measured
+    return min(admitted, key=lambda a: cost(problem, a))
 
 
 def _weight_cost(words: float) -> float:

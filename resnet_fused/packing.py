@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import conv_choice, fold, policy
-from resnet_fused.backends import native_conv, onednn
+from resnet_fused import conv_choice, fold, policy, tuning_cache
+from resnet_fused.backends import native, native_conv, onednn
 from resnet_fused.backends.native_conv import NativeConv, Program, Wired
 from resnet_fused.kept import Kept
 from resnet_fused.ops.schema import is_channels_last
@@ -84,6 +84,11 @@ class Folded:
             return self.prepared[key]
 
     def _prepare(self, shape: tuple[int, ...]) -> Prepared | None:
+        problem = self.problem(shape)
+        return None if problem is None else self.prepare(problem, choose(problem))
+
+    def problem(self, shape: tuple[int, ...]) -> conv_choice.ConvProblem | None:
+        """The convolution for inputs of this shape; None where another path has to take them."""
         weight = self.weight
         if (
             len(shape) != 4
@@ -98,15 +103,16 @@ class Folded:
             (self.padding[0], self.padding[1]), (self.dilation[0], self.dilation[1]), self.groups,
             self.dtype == torch.bfloat16,
         )  # fmt: skip
-        size = shape[0], weight.shape[0], *problem.out_size
-        if min(size) < 1:
-            return None
-        algorithm = "onednn"
-        if native_conv.unusable(self.dtype) is None and weight.dtype == self.dtype:
-            algorithm = conv_choice.choose(problem, policy.current())
-        if algorithm != "onednn":
+        return problem if min(problem.out_size) > 0 else None
+
+    def prepare(self, problem: conv_choice.ConvProblem, algorithm: str) -> Prepared:
+        """The weights packed for an algorithm."""
+        size = (problem.batch, problem.out_channels, *problem.out_size)
+        # The kernels read weights of the data's dtype only (under autocast they differ).
+        if algorithm != "onednn" and self.weight.dtype == self.dtype:
             pairs = conv_choice.multiplies_bf16(problem, algorithm)
             return self._native(algorithm, size, pairs=pairs)
+        shape = problem.batch, problem.channels, *problem.size
         reordered = onednn.reorder(self.for_onednn, shape)
         for known in self.prepared.values():
             if isinstance(known, OneDNNConv) and _same_layout(known.weight, reordered):
@@ -136,6 +142,68 @@ class Folded:
             self.weight, self.scale, self.shift,
             self.stride, self.padding, self.dilation, self.groups, dtype=self.dtype,
         )  # fmt: skip
+
+
+def algorithms(problem: conv_choice.ConvProblem) -> tuple[str, ...]:
+    """What may run a problem on this machine under the precision policy in force."""
+    dtype = torch.bfloat16 if problem.bf16 else torch.float32
+    if native_conv.unusable(dtype) is not None:
+        return ("onednn",)
+    return (*conv_choice.candidates(problem, policy.current()), "onednn")
+
+
+def choose(problem: conv_choice.ConvProblem) -> str:
+    """The algorithm that runs a problem now: the measured one, or the one expected to be best."""
+    if algorithms(problem) == ("onednn",):
+        return "onednn"
+    measured = _measured().get(problem.key(torch.get_num_threads()))
+    return conv_choice.choose(problem, policy.current(), measured)
+
+
+def machine() -> str:
+    """What a measured choice holds for: processor, instruction set and versions."""
+    isa = native.isa() if native.available else "none"
+    return f"{native_conv.processor()}, {isa}, torch {torch.__version__}"[:200]
+
+
+@lru_cache(maxsize=1)
+def _measured() -> dict[str, str]:
+    return tuning_cache.read(machine())
+
+
+def forget_measured() -> None:
+    """Read the measured choices again; convolutions that are packed already keep theirs."""
+    _measured.cache_clear()
+
+
+def fold_of(conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype) -> Folded | None:
+    """A convolution and its batch norm folded; None where oneDNN would not run its dtype."""
+    if conv_padding(conv) is None or onednn.unusable(dtype) is not None:
+        return None
+    return _fold(conv, bn, dtype)
+
+
+def run(
+    prepared: Prepared, input: Tensor, residual: Tensor | None, act: str, negative_slope: float
+) -> Tensor:
+    """act(conv(input) [+ residual]) by what was prepared for it; channels_last."""
+    if isinstance(prepared, NativeConv):
+        return program(prepared, residual is not None, act, negative_slope)(input, residual)
+    return onednn.convolve(
+        prepared.folded,
+        prepared.weight,
+        onednn.channels_last(input),
+        None if residual is None else onednn.channels_last(residual),
+        act,
+        negative_slope,
+        output_shape=prepared.output_shape,
+        carry_bounds=True,
+    )
+
+
+def program(conv: NativeConv, adds: bool, act: str, negative_slope: float) -> Program:
+    """A convolution by itself, whose residual, if any, comes from outside."""
+    return Program([conv], [Wired(0, 1 if adds else -1, act, negative_slope)])
 
 
 class PackedConv(Kept[Folded]):
@@ -187,22 +255,13 @@ class PackedConv(Kept[Folded]):
         ):
             return None
         if isinstance(prepared, NativeConv):
-            wired = Wired(0, -1 if residual is None else 1, act, negative_slope)
             key = (prepared, residual is None)
             known = self._program
             if known is None or known[0] != key:
-                known = self._program = key, Program([prepared], [wired])
+                adds = residual is not None
+                known = self._program = key, program(prepared, adds, act, negative_slope)
             return known[1](input, residual)
-        return onednn.convolve(
-            prepared.folded,
-            prepared.weight,
-            onednn.channels_last(input),
-            None if residual is None else onednn.channels_last(residual),
-            act,
-            negative_slope,
-            output_shape=prepared.output_shape,
-            carry_bounds=True,
-        )
+        return run(prepared, input, residual, act, negative_slope)
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

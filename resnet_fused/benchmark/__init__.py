@@ -17,6 +17,7 @@ from .report import (
     write_atomically,
 )
 from .run import Progress, run_case
+from .tune import Tuned, tune
 
 __all__ = [
     "VARIANTS",
@@ -27,6 +28,7 @@ __all__ = [
     "Progress",
     "ProgressBar",
     "Result",
+    "Tuned",
     "backends",
     "check_device",
     "check_plot",
@@ -45,6 +47,7 @@ __all__ = [
     "random_images",
     "randomise_batch_norm",
     "run_case",
+    "tune",
     "write_atomically",
     "write_plot",
 ]

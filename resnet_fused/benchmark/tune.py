@@ -1,0 +1,110 @@
+"""Measures which algorithm is the fastest for each convolution of a model on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import conv_choice, packing, policy, tuning_cache
+from resnet_fused.graph.observe import conv_inputs
+
+from .measure import interleave
+
+_COLD_BYTES = 128 << 20  # copies of the weights that are gone through: more than a cache holds
+_MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One convolution's shape, and what each algorithm took."""
+
+    problem: str
+    layers: tuple[str, ...]
+    expected: str  # by the cost model
+    chosen: str
+    milliseconds: dict[str, float]
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    repeats: int,
+    progress: Callable[[int, int, str], None],
+) -> list[Tuned]:
+    """Time every algorithm for every distinct convolution of a model, and keep the fastest.
+
+    In turns, with cold weights: each call reads another copy of them, as a layer of a network
+    finds its weights in memory and not in a cache. The choices go to the cache file and hold from
+    now on.
+
+    Args:
+        model: fused or not; it is copied.
+        images: what its forward takes, in the dtype and layout to tune for.
+        repeats: timed calls of each algorithm.
+
+    Raises:
+        OSError: the choices cannot be written.
+    """
+    problems: dict[conv_choice.ConvProblem, list[tuple[str, nn.Conv2d]]] = {}
+    modules = dict(model.named_modules())
+    for name, seen in conv_inputs(model, [images]).items():
+        conv = modules[name]
+        assert isinstance(conv, nn.Conv2d)
+        folded = packing.fold_of(conv, None, seen.dtype) if seen.channels_last else None
+        problem = None if folded is None else folded.problem(seen.shape)
+        if problem is not None:
+            problems.setdefault(problem, []).append((name, conv))
+    results = []
+    for done, (problem, layers) in enumerate(problems.items()):
+        key = problem.key(torch.get_num_threads())
+        progress(done, len(problems), f"timing {layers[0][0]}")
+        times = _times(problem, layers[0][1], images.dtype, repeats)
+        results.append(
+            Tuned(
+                key,
+                tuple(name for name, _ in layers),
+                conv_choice.choose(problem, policy.current()),
+                min(times, key=lambda a: times[a]),
+                times,
+            )
+        )
+    progress(len(problems), len(problems), "done")
+    tuning_cache.update(packing.machine(), {t.problem: t.chosen for t in results})
+    packing.forget_measured()
+    return results
+
+
+def _times(
+    problem: conv_choice.ConvProblem, conv: nn.Conv2d, dtype: torch.dtype, repeats: int
+) -> dict[str, float]:
+    height, width = problem.size
+    x = torch.randn(problem.batch, problem.channels, height, width).to(dtype)
+    x = x.to(memory_format=torch.channels_last)
+    copies = max(2, min(_MOST_COPIES, _COLD_BYTES // (conv.weight.numel() * dtype.itemsize)))
+    calls = {}
+    for algorithm in packing.algorithms(problem):
+        ready = []
+        for _ in range(copies):
+            folded = packing.fold_of(conv, None, dtype)
+            assert folded is not None
+            prepared = folded.prepare(problem, algorithm)
+            ready.append(partial(packing.run, prepared, x, None, "relu", 0.0))
+        calls[algorithm] = _in_turns(ready)
+    timings = interleave(calls, repeats=repeats, device=torch.device("cpu"), pause_s=0)
+    return {name: timing.median_ms for name, timing in timings.items()}
+
+
+def _in_turns(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    position = 0
+
+    def call() -> object:
+        nonlocal position
+        position = (position + 1) % len(calls)
+        return calls[position]()
+
+    return call
