@@ -63,6 +63,25 @@ def test_explain(tmp_path: Path) -> None:
     assert {entry["status"] for entry in data["entries"]} <= {"fused", "skipped", "fusible"}
 
 
+def test_tune_and_explain_name_algorithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path / "cache"))
+    small = ("resnet20", "--batch-size", "2", "--image-size", "32", "--threads", "1")
+    data = json.loads(ok("tune", *small, "--repeats", "1", "--json", "-"))
+    assert data["tuned"]
+    for tuned in data["tuned"]:
+        assert tuned["chosen"] in tuned["milliseconds"]
+        assert "onednn" in tuned["milliseconds"]
+    assert list((tmp_path / "cache").iterdir())
+    entries = json.loads(ok("explain", *small, "--json", "-"))["entries"]
+    chosen = {layer: t["chosen"] for t in data["tuned"] for layer in t["layers"]}
+    for entry in entries:
+        if entry["modules"][0] in chosen:
+            assert entry["backend"].startswith(f"eval: {chosen[entry['modules'][0]]};")
+    assert "the CPU only" in run("tune", *small, "--device", "cuda").stderr or (
+        "cuda" in run("tune", *small, "--device", "cuda").stderr
+    )
+
+
 @pytest.mark.parametrize("extra", [(), ("--training",), ("--dtype", "bf16")])
 def test_verify(extra: tuple[str, ...]) -> None:
     data = json.loads(ok("verify", *SMALL, *extra, "--json", "-"))

@@ -1,5 +1,6 @@
 """Fair measurements of a model against its peers, with parity checked in the same run."""
 
+from .algorithms import Tuned, tune
 from .case import BenchmarkError, Case, Mode, Result, check_device, out_of_memory
 from .environment import backends, environment
 from .inputs import photographs, random_images
@@ -17,7 +18,6 @@ from .report import (
     write_atomically,
 )
 from .run import Progress, run_case
-from .tune import Tuned, tune
 
 __all__ = [
     "VARIANTS",

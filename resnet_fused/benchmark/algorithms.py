@@ -63,14 +63,15 @@ def tune(
     for done, (problem, layers) in enumerate(problems.items()):
         key = problem.key(torch.get_num_threads())
         progress(done, len(problems), f"timing {layers[0][0]}")
-        times = _times(problem, layers[0][1], images.dtype, repeats)
+        algorithms = packing.algorithms(problem)
+        taken = times(problem, layers[0][1], images.dtype, algorithms, repeats)
         results.append(
             Tuned(
                 key,
                 tuple(name for name, _ in layers),
                 conv_choice.choose(problem, policy.current()),
-                min(times, key=lambda a: times[a]),
-                times,
+                min(taken, key=lambda a: taken[a]),
+                taken,
             )
         )
     progress(len(problems), len(problems), "done")
@@ -79,15 +80,18 @@ def tune(
     return results
 
 
-def _times(
-    problem: conv_choice.ConvProblem, conv: nn.Conv2d, dtype: torch.dtype, repeats: int
+def times(
+    problem: conv_choice.ConvProblem,
+    conv: nn.Conv2d,
+    dtype: torch.dtype,
+    algorithms: Sequence[str],
+    repeats: int,
 ) -> dict[str, float]:
-    height, width = problem.size
-    x = torch.randn(problem.batch, problem.channels, height, width).to(dtype)
-    x = x.to(memory_format=torch.channels_last)
+    """Median milliseconds of each algorithm for a convolution with relu, in turns."""
+    x = example(problem, dtype)
     copies = max(2, min(_MOST_COPIES, _COLD_BYTES // (conv.weight.numel() * dtype.itemsize)))
     calls = {}
-    for algorithm in packing.algorithms(problem):
+    for algorithm in algorithms:
         ready = []
         for _ in range(copies):
             folded = packing.fold_of(conv, None, dtype)
@@ -95,8 +99,15 @@ def _times(
             prepared = folded.prepare(problem, algorithm)
             ready.append(partial(packing.run, prepared, x, None, "relu", 0.0))
         calls[algorithm] = _in_turns(ready)
-    timings = interleave(calls, repeats=repeats, device=torch.device("cpu"), pause_s=0)
+    with torch.no_grad():
+        timings = interleave(calls, repeats=repeats, device=torch.device("cpu"), pause_s=0)
     return {name: timing.median_ms for name, timing in timings.items()}
+
+
+def example(problem: conv_choice.ConvProblem, dtype: torch.dtype) -> Tensor:
+    """Noise of a convolution's input shape, channels_last."""
+    x = torch.randn(problem.batch, problem.channels, *problem.size).to(dtype)
+    return x.to(memory_format=torch.channels_last)
 
 
 def _in_turns(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
