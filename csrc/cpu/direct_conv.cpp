@@ -55,10 +55,10 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   const int64_t channels = s.group_channels();
   const bool single_tap = s.kernel[0] == 1 && s.kernel[1] == 1;
   const bool padded = s.padding[0] > 0 || s.padding[1] > 0;
-  // 14 rows that are a multiple of 2 KiB apart share two or fewer of an L1's 64 sets of 8 lines.
+  // 14 rows that are a multiple of 4 KiB apart share one of an L1's 64 sets of 8 lines.
   const int64_t* strides = task.input_strides;
   const int64_t per_word = arguments.per_word(), words = arguments.group_words();
-  const bool collides = s.stride[1] * strides[3] / per_word % 512 == 0;
+  const bool collides = s.stride[1] * strides[3] / per_word % 1024 == 0;
   const bool splits_pairs =
       channels % per_word + strides[0] % per_word + strides[2] % per_word + strides[3] % per_word;
   task.copies = padded || !single_tap || strides[1] != 1 || collides || splits_pairs;

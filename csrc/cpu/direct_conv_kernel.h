@@ -72,9 +72,8 @@ DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
 inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t group, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
   const int64_t* stride = task.input_strides;
-  const int64_t row_stride =
-      task.copies ? shape.stride[0] / task.step(0) * task.band_row()
-                  : shape.stride[0] * stride[2] / task.conv.per_word();
+  const int64_t row_stride = task.copies ? shape.stride[0] / task.step(0) * task.band_row()
+                                         : shape.stride[0] * stride[2] / task.conv.per_word();
   const int64_t start = task.copies ? 0
                                     : (place.image * stride[0] + group * shape.group_channels()) /
                                               task.conv.per_word() +
@@ -123,8 +122,9 @@ void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
     ReadAhead ahead = tile.ahead;
     for (int64_t s = 0; s < tile.segment_count; ++s) {
       const float* a = tile.a + tile.segments[s];
-      gemm_add<Element, kRows>(sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b,
-                      tile.depth, ahead);
+      gemm_add<Element, kRows>(sums,
+                               {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16},
+                               b, tile.depth, ahead);
       b += tile.depth * kPanel;
     }
 #pragma GCC unroll 14
@@ -188,11 +188,11 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
     const int64_t left = outputs - panel * kPanel;
     const T* const residual = static_cast<const T*>(task.conv.residual);
     const Finish<T> finish{task.conv.shift + channel,
-                        residual == nullptr ? nullptr : residual + channel,
-                        static_cast<T*>(task.conv.output) + channel,
-                        left < kPanel ? left : kPanel,
-                        task.conv.act,
-                        task.conv.negative_slope};
+                           residual == nullptr ? nullptr : residual + channel,
+                           static_cast<T*>(task.conv.output) + channel,
+                           left < kPanel ? left : kPanel,
+                           task.conv.act,
+                           task.conv.negative_slope};
     tile.b = task.conv.packed + (group * task.panels() + panel) * task.panel_size();
     for (int64_t i = 0, done = 0; i < count; ++done) {
       tile.first = tile.second = runs[i++];

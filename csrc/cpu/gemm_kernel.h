@@ -22,8 +22,8 @@ struct Floats {
 struct Bf16Pairs {
   static constexpr int kPerWord = 2;
   DEVICE_INLINE static void multiply_add(Vector& sum, Vector a, Vector b) {
-    sum = bits_as<Vector>(_mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(a),
-                                           bits_as<__m512bh>(b)));
+    sum = bits_as<Vector>(
+        _mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
   }
   DEVICE_INLINE static void store_words(float* to, Vector value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

@@ -37,7 +37,8 @@ Isa choose_isa() {
           names[static_cast<int>(best)], " at most, got ", wanted);
     return static_cast<Isa>(i);
   }
-  check(false, "RESNET_FUSED_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline, got '", wanted, "'");
+  check(false, "RESNET_FUSED_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline, got '", wanted,
+        "'");
   return best;
 }
 

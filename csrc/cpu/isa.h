@@ -23,8 +23,8 @@ Isa isa();  // decided once; throws if the environment names an unknown or unsup
        ? avx512::function(__VA_ARGS__)   \
        : (isa() == Isa::avx2 ? avx2::function(__VA_ARGS__) : baseline::function(__VA_ARGS__)))
 // The same for kernels that are compiled for AVX512_BF16 too (RESNET_FUSED_WITH_BF16).
-#define RESNET_FUSED_CALL_BF16(function, ...)                           \
-  (isa() == Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__)       \
+#define RESNET_FUSED_CALL_BF16(function, ...)                     \
+  (isa() == Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__) \
                              : RESNET_FUSED_CALL(function, __VA_ARGS__))
 #else
 #define RESNET_FUSED_CALL(function, ...) (isa(), baseline::function(__VA_ARGS__))

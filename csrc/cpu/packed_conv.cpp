@@ -237,16 +237,14 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
     steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, acts[i]),
                      static_cast<float>(negative_slopes[i]),
                      static_cast<const float*>(packed[i].const_data_ptr()), pairs,
-                     weights[i].const_data_ptr(),
-                     weights[i].strides().data(),
+                     weights[i].const_data_ptr(), weights[i].strides().data(),
                      check_channels("scale", scales[i], shape.out_channels),
                      check_channels("shift", shifts[i], shape.out_channels)});
     values.push_back({sizes, nullptr, nullptr});
   }
 
   const Sizes& out = values.back().sizes;
-  Tensor output =
-      pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, dtype);
+  Tensor output = pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, dtype);
   if (output.numel() == 0) return output;
   const Tensor x = needs_dense ? dense(input, MemoryFormat::ChannelsLast) : input;
   const std::vector<int64_t> dense_x = dense_strides(input.sizes(), MemoryFormat::ChannelsLast);
@@ -281,8 +279,7 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
     at.push_back(residual ? values[1].data + first * image_size[1] : nullptr);
     for (size_t i = 0; i < count; ++i) {
       const Step& step = steps[i];
-      char* const to =
-          i + 1 == count ? result + first * image_size.back() : scratch + place[i];
+      char* const to = i + 1 == count ? result + first * image_size.back() : scratch + place[i];
       const std::vector<int64_t> between_strides =
           dense_strides({values[step.input].sizes.data(), 4}, MemoryFormat::ChannelsLast);
       run_step(step, is_bf16, images, at[step.input],

@@ -42,6 +42,9 @@ constexpr Taps kWeights2[4] = {{1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
 constexpr Taps kStridedWeights4[6] = {{1, 0, 0},   {1, 0, 0.75}, {1, 0, -0.75},
                                       {1, 0, 1.5}, {0, 0, 1},    {0, 1, 0}};
 
+// Words of transformed input that a thread keeps, where it goes through many weights: 5 MiB of L3.
+constexpr int64_t kTransformedWords = 5 << 18;
+
 // Floats above which weights come from L3 or memory at every block: F(4 x 4) of 256 x 256 channels.
 constexpr int64_t kManyWeights = int64_t(2) << 20;
 
@@ -118,7 +121,8 @@ void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* 
   const int64_t weights = task.panels() * kPanel * channels * task.weights();
   const bool split = task.panels() >= threads && weights > kManyWeights &&
                      tiles <= threads * kWinogradLargestBlock;
-  const int64_t most = split ? kWinogradLargestBlock / 2 : 14;
+  const int64_t fits = kTransformedWords / (channels * task.entries());
+  const int64_t most = split ? std::clamp<int64_t>(fits, 14, kWinogradLargestBlock / 2) : 14;
   const int64_t by_thread = split ? tiles : (tiles + threads - 1) / threads;
   const int64_t blocks_each = (by_thread + most - 1) / most;
   task.block = (by_thread + blocks_each - 1) / blocks_each;

@@ -47,6 +47,11 @@ struct WinogradTask {
   // of which share it.
   int64_t weights_along() const { return largest + 2; }
   int64_t weights() const { return weights_along() * weights_along(); }
+  // Numbers of one channel that a largest tile becomes.
+  int64_t entries() const {
+    const int64_t along = stride() == 2 ? 2 * largest + 1 : largest + 2;
+    return along * along;
+  }
   // Rows of a full block that meet a weight.
   int64_t most_rows(int64_t weight) const {
     const bool odd_y = stride() == 2 && weight / weights_along() == largest + 1;

@@ -188,15 +188,15 @@ using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6>;
 
 template <class Element>
 void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
-                     float* products) {
+              float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     const float* first = transformed + begin * 16;
     const ReadAhead ahead{part < 2 ? weights + depth * kPanel + part * 16 : weights,
                           part < 2 ? kPanel : 0};
-    Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights, depth,
-                                    ahead, products + begin * kPanel);
+    Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights,
+                                             depth, ahead, products + begin * kPanel);
   }
 }
 
@@ -302,8 +302,8 @@ void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t g
                              ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
                              group * channels;
             const T* weight = static_cast<const T*>(task.weight) +
-                              (channel + n) * task.weight_strides[0] +
-                              r * task.weight_strides[2] + s * task.weight_strides[3];
+                              (channel + n) * task.weight_strides[0] + r * task.weight_strides[2] +
+                              s * task.weight_strides[3];
             for (int64_t c = 0; c < channels; ++c) {
               sum += as_float(pixel[c]) * as_float(weight[c * task.weight_strides[1]]);
             }
@@ -318,8 +318,7 @@ void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t g
 
 // Brings in the lines that a tile will write, and those of its residual.
 template <class T>
-void expect_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
-                 int64_t panel) {
+void expect_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group, int64_t panel) {
   const ConvShape& shape = task.conv.shape;
   const T* const residual = static_cast<const T*>(task.conv.residual);
   T* const output = static_cast<T*>(task.conv.output);
