@@ -5,6 +5,9 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 RESULTS := benchmarks/results
+CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
+	resnext50_32x4d:16:fp32 wide_resnet50_2:16:fp32 \
+	resnet18:16:bf16 resnet18:1:bf16 resnet50:16:bf16 resnet50:1:bf16
 
 .PHONY: demo test lint format bench gpu clean
 
@@ -28,8 +31,11 @@ format: .venv/.ready
 
 # The figures of the README, one file each.
 bench: .venv/.ready
-	$(BIN)/resnet-fused bench resnet50 --batch-size 16 --peers all --json $(RESULTS)/cpu_resnet50_b16.json
-	$(BIN)/resnet-fused bench resnet18 --batch-size 1 --peers all --json $(RESULTS)/cpu_resnet18_b1.json
+	for case in $(CASES); do set -- $$(echo $$case | tr : ' '); \
+		$(BIN)/resnet-fused bench $$1 --batch-size $$2 --dtype $$3 --peers all \
+			--json $(RESULTS)/cpu_$$1_b$$2_$$3.json || exit 1; done
+	$(BIN)/python benchmarks/bench_conv_bn_act.py --json $(RESULTS)/cpu_layers_b16_fp32.json \
+		--plot $(RESULTS)/cpu_layers_b16_fp32.png
 	$(BIN)/resnet-fused bench resnet18 --batch-size 16 --image-size 112 --mode training \
 		--peers channels_last,compile --json $(RESULTS)/cpu_resnet18_training.json
 

@@ -15,7 +15,10 @@ NATIVE = ("direct", "winograd2", "winograd4")
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
 _LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly empty
-_STRICT_CHANNELS = 64  # from here on F(2x2)'s error is no larger than the direct sum's
+# Where an error is at most 1.25 times eager's: with few channels F(2x2)'s transforms weigh more
+# than its sums, and beyond 512 (direct: 1024) oneDNN adds up in parts, our kernels in one chain.
+_STRICT_F2 = range(64, 513)
+_STRICT_DIRECT = range(1, 1025)
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
 _WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory (25 GB/s, 235 GF/s)
 _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
@@ -64,10 +67,12 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     outputs = problem.out_channels // problem.groups
     if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
         return ()
-    found = ["direct"]
+    strict = policy == "strict" and not problem.bf16
+    found = [] if strict and channels not in _STRICT_DIRECT else ["direct"]
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
-        exact = channels >= _STRICT_CHANNELS and not problem.bf16
-        if problem.stride == (1, 1) and (policy == "default" or exact):
+        if problem.stride == (1, 1) and (
+            policy == "default" or (strict and channels in _STRICT_F2)
+        ):
             found.append("winograd2")
         if problem.stride in ((1, 1), (2, 2)) and (policy == "default" or problem.bf16):
             found.append("winograd4")

@@ -4,10 +4,15 @@ before.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Nobody's measured choices decide what is tested.
+os.environ["RESNET_FUSED_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "no resnet_fused cache")
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ def test_explain(tmp_path: Path) -> None:
 
 
 def test_tune_and_explain_name_algorithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setitem(ENVIRONMENT, "RESNET_FUSED_CACHE_DIR", str(tmp_path / "cache"))
     small = ("resnet20", "--batch-size", "2", "--image-size", "32", "--threads", "1")
     data = json.loads(ok("tune", *small, "--repeats", "1", "--json", "-"))
     assert data["tuned"]
@@ -77,9 +77,7 @@ def test_tune_and_explain_name_algorithms(tmp_path: Path, monkeypatch: pytest.Mo
     for entry in entries:
         if entry["modules"][0] in chosen:
             assert entry["backend"].startswith(f"eval: {chosen[entry['modules'][0]]};")
-    assert "the CPU only" in run("tune", *small, "--device", "cuda").stderr or (
-        "cuda" in run("tune", *small, "--device", "cuda").stderr
-    )
+    assert "cuda" in run("tune", *small, "--device", "cuda").stderr  # there is none, or not for it
 
 
 @pytest.mark.parametrize("extra", [(), ("--training",), ("--dtype", "bf16")])

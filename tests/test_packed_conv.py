@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_within_policy
+from tolerance import POLICY_ERROR, STRICT_FACTOR, assert_within_policy
 from torch import Tensor
 
 import resnet_fused
@@ -27,6 +27,7 @@ from resnet_fused.backends.native_conv import (
     multiplies_bf16,
     pack,
 )
+from resnet_fused.conv_choice import ConvProblem, candidates
 
 pytestmark = pytest.mark.skipif(not native.available, reason=str(native.reason))
 
@@ -304,6 +305,34 @@ def test_workspace_does_not_grow_with_the_batch(algorithm: str) -> None:
         del output
     assert kept[1] <= kept[0] + (1 << 20)
     assert max(kept) <= 2 * 4 << 20
+
+
+@pytest.mark.parametrize("channels", [64, 256, 512, 1024, 2048])
+@pytest.mark.parametrize(
+    ("algorithm", "stride", "kernel"),
+    [("winograd2", 1, 3), ("winograd4", 1, 3), ("winograd4", 2, 3), ("direct", 1, 1)],
+)
+def test_root_mean_square_error(algorithm: str, stride: int, kernel: int, channels: int) -> None:
+    """What the precision policy is defined by: 3e-6, and where strict admits it 1.25 times eager's
+    own error.
+    """
+    case = Case(
+        algorithm, (2, channels, 14, 14), 64, kernel, stride, kernel // 2,
+        act="none", residual=False,
+    )  # fmt: skip
+    x, weight, scale, shift = case.tensors()
+    exact = case.eager(*(t.double() for t in (x, weight, scale, shift)), None)
+
+    def error(y: Tensor) -> float:
+        return ((y - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+    ours = error(case.program(weight, scale, shift)(x, None))
+    assert ours <= POLICY_ERROR
+    shape = ConvProblem(
+        2, channels, (14, 14), 64, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1
+    )
+    if algorithm in candidates(shape, "strict"):
+        assert ours <= STRICT_FACTOR * error(case.eager(x, weight, scale, shift, None))
 
 
 # ---- blocks --------------------------------------------------------------------------------------

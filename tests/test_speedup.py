@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fuse, models
-from resnet_fused.backends import native
+from resnet_fused.backends import native, native_conv
 
 TRIES = 3
 
@@ -71,11 +71,13 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("name", "batch", "size", "at_least"),
-    [("resnet18", 1, 224, 1.15), ("resnet50", 4, 128, 1.12)],  # expected: 1.3 and 1.25
+    [("resnet18", 1, 224, 1.5), ("resnet50", 4, 128, 1.25)],  # expected: 2.2 and 1.6
 )
 def test_inference(name: str, batch: int, size: int, at_least: float) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, which the fused convolutions use")
+    if native_conv.unusable(torch.float32):
+        pytest.skip(f"expected of the library's own kernels: {native_conv.unusable(torch.float32)}")
     plain, fused = pair(name, training=False)
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     assert_faster(inference(plain, x), inference(fused, x), at_least, rounds=7)

@@ -113,7 +113,7 @@ struct Step {
   const float* shift;
 };
 
-// What one convolution of the argument `steps` says, eleven numbers each.
+// What one convolution of the argument `steps` says, nine numbers each.
 struct StepNumbers {
   int64_t input, residual, stride[2], padding[2], dilation[2], groups;
 };
@@ -162,10 +162,19 @@ Sizes check_image(const char* name, const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
-struct Value {
-  Sizes sizes;
-  const char* data;  // of the outside ones and of the last
-  const int64_t* strides;
+// The operator's arguments, checked.
+struct Block {
+  ScalarType dtype;
+  std::vector<Step> steps;
+  std::vector<Sizes> values;
+  bool needs_dense = false;  // the input, channels innermost
+
+  bool is_bf16() const { return dtype == ScalarType::BFloat16; }
+  int64_t element() const { return is_bf16() ? 2 : 4; }
+  int64_t image_bytes(size_t value) const {
+    const Sizes& s = values[value];
+    return s[1] * s[2] * s[3] * element();
+  }
 };
 
 void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
@@ -178,6 +187,90 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
                  largest_tile(step.algorithm));
   } else {
     direct_run(arguments, input_strides);
+  }
+}
+
+// One convolution's share of the operator's arguments.
+struct StepTensors {
+  const Tensor& packed;
+  const Tensor& weight;
+  const Tensor& scale;
+  const Tensor& shift;
+};
+
+void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
+              const std::string& algorithm_name, const std::string& act, double negative_slope,
+              bool has_residual) {
+  const int64_t known = static_cast<int64_t>(block.values.size());
+  check(n.input >= 0 && n.input < known && n.input != 1, op,
+        ": a convolution's input must be 0 or an earlier one's output, got ", n.input);
+  check(n.residual >= -1 && n.residual < known && (n.residual != 1 || has_residual), op,
+        ": a convolution's residual must be -1, an outside tensor or an earlier output, got ",
+        n.residual);
+  const Algorithm algorithm = parse_algorithm(op, algorithm_name);
+  const Tensor &weight = tensors.weight, &packed = tensors.packed;
+  check_weight(op, weight, n.groups, algorithm);
+  check(weight.scalar_type() == block.dtype, op, ": weight must have the dtype of input, ",
+        dtype_name(block.dtype), ", got ", dtype_name(weight.scalar_type()));
+  const ConvShape shape = conv_shape(block.values[n.input], weight, n);
+  check_stride(op, n.stride[0], n.stride[1], algorithm);
+  check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
+        ": Winograd takes dilation 1");
+  const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+  const int64_t size = packed_words(weight, n.groups, algorithm, pairs) * (pairs ? 2 : 1);
+  check(packed.is_cpu() && (pairs ? block.is_bf16() : packed.scalar_type() == ScalarType::Float) &&
+            packed.dim() == 1 && packed.size(0) == size,
+        op, ": packed must be what _pack_conv made of weight for ", algorithm_name, ", got ",
+        dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
+  check(pairs || !block.is_bf16() || is_winograd(algorithm), op,
+        ": packed must be bfloat16 for direct beside bfloat16 data");
+  const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+  check(n.residual < 0 || block.values[n.residual] == sizes, op,
+        ": residual must have the shape of the output, ", shape_text({sizes.data(), sizes.size()}));
+  block.needs_dense |= (n.input == 0 && is_winograd(algorithm)) || n.residual == 0;
+  block.steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, act),
+                         static_cast<float>(negative_slope),
+                         static_cast<const float*>(packed.const_data_ptr()), pairs,
+                         weight.const_data_ptr(), weight.strides().data(),
+                         check_channels("scale", tensors.scale, shape.out_channels),
+                         check_channels("shift", tensors.shift, shape.out_channels)});
+  block.values.push_back(sizes);
+}
+
+// All convolutions, a few images at a time.
+void run_block(const Block& block, const char* input, const int64_t* input_strides,
+               const char* residual, char* output) {
+  const size_t count = block.steps.size();
+  const int64_t batch = block.values.back()[0];
+  int64_t touched = 0;
+  for (size_t v = 0; v < block.values.size(); ++v) touched += block.image_bytes(v);
+  const int64_t fits = std::max<int64_t>(1, kChunkBytes / touched);
+  const int64_t chunk = count == 1 ? batch : std::min(batch, fits);
+  std::vector<int64_t> place;  // of what lies between the convolutions, in bytes
+  int64_t between = 0;
+  for (size_t i = 0; i + 1 < count; ++i) {
+    place.push_back(between);
+    between += (block.image_bytes(kOutside + i) * chunk + 63) / 64 * 64;
+  }
+  const Workspace workspace(static_cast<size_t>(between) / sizeof(float));
+  char* const scratch = reinterpret_cast<char*>(workspace.data());
+  for (int64_t first = 0; first < batch; first += chunk) {
+    const int64_t images = std::min(chunk, batch - first);
+    std::vector<const char*> at;
+    at.push_back(input + first * input_strides[0] * block.element());
+    at.push_back(residual == nullptr ? nullptr : residual + first * block.image_bytes(1));
+    for (size_t i = 0; i < count; ++i) {
+      const Step& step = block.steps[i];
+      char* const to =
+          i + 1 == count ? output + first * block.image_bytes(kOutside + i) : scratch + place[i];
+      const Sizes& sizes = block.values[step.input];
+      const std::vector<int64_t> dense =
+          dense_strides({sizes.data(), sizes.size()}, MemoryFormat::ChannelsLast);
+      run_step(step, block.is_bf16(), images, at[step.input],
+               step.input == 0 ? input_strides : dense.data(),
+               step.residual < 0 ? nullptr : at[step.residual], to);
+      at.push_back(to);
+    }
   }
 }
 
@@ -194,100 +287,29 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
         op,
         ": packed, weights, scales, shifts, steps, algorithms, acts and negative_slopes must "
         "describe the same number of convolutions, one at least");
-  const ScalarType dtype = input.scalar_type();
-  const bool is_bf16 = dtype == ScalarType::BFloat16;
-  std::vector<Value> values{{check_image("input", input), nullptr, nullptr}, {}};
+  Block block{input.scalar_type(), {}, {check_image("input", input), {}}};
   if (residual) {
-    values[1].sizes = check_image("residual", *residual);
-    check(residual->scalar_type() == dtype, op, ": residual must have the dtype of input, ",
-          dtype_name(dtype), ", got ", dtype_name(residual->scalar_type()));
+    block.values[1] = check_image("residual", *residual);
+    check(residual->scalar_type() == block.dtype, op, ": residual must have the dtype of input, ",
+          dtype_name(block.dtype), ", got ", dtype_name(residual->scalar_type()));
   }
-  std::vector<Step> steps;
-  bool needs_dense = false;
   for (size_t i = 0; i < count; ++i) {
     StepNumbers n;
     std::copy_n(numbers.data() + i * kStepNumbers, kStepNumbers, reinterpret_cast<int64_t*>(&n));
-    const int64_t known = static_cast<int64_t>(values.size());
-    check(n.input >= 0 && n.input < known && n.input != 1, op,
-          ": a convolution's input must be 0 or an earlier one's output, got ", n.input);
-    check(n.residual >= -1 && n.residual < known && (n.residual != 1 || residual), op,
-          ": a convolution's residual must be -1, an outside tensor or an earlier output, got ",
-          n.residual);
-    const Algorithm algorithm = parse_algorithm(op, algorithms[i]);
-    check_weight(op, weights[i], n.groups, algorithm);
-    check(weights[i].scalar_type() == dtype, op, ": weight must have the dtype of input, ",
-          dtype_name(dtype), ", got ", dtype_name(weights[i].scalar_type()));
-    const ConvShape shape = conv_shape(values[n.input].sizes, weights[i], n);
-    check_stride(op, n.stride[0], n.stride[1], algorithm);
-    check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
-          ": Winograd takes dilation 1");
-    const bool pairs = packed[i].scalar_type() == ScalarType::BFloat16;
-    const int64_t size = packed_words(weights[i], n.groups, algorithm, pairs) * (pairs ? 2 : 1);
-    check(packed[i].is_cpu() && (pairs ? is_bf16 : packed[i].scalar_type() == ScalarType::Float) &&
-              packed[i].dim() == 1 && packed[i].size(0) == size,
-          op, ": packed must be what _pack_conv made of weight for ", algorithms[i], ", got ",
-          dtype_name(packed[i].scalar_type()), " ", shape_text(packed[i].sizes()));
-    check(pairs || !is_bf16 || is_winograd(algorithm), op,
-          ": packed must be bfloat16 for direct beside bfloat16 data");
-    const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
-    check(n.residual < 0 || values[n.residual].sizes == sizes, op,
-          ": residual must have the shape of the output, ",
-          shape_text({sizes.data(), sizes.size()}));
-    needs_dense |= (n.input == 0 && is_winograd(algorithm)) || n.residual == 0;
-    steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, acts[i]),
-                     static_cast<float>(negative_slopes[i]),
-                     static_cast<const float*>(packed[i].const_data_ptr()), pairs,
-                     weights[i].const_data_ptr(), weights[i].strides().data(),
-                     check_channels("scale", scales[i], shape.out_channels),
-                     check_channels("shift", shifts[i], shape.out_channels)});
-    values.push_back({sizes, nullptr, nullptr});
+    add_step(block, n, {packed[i], weights[i], scales[i], shifts[i]}, algorithms[i], acts[i],
+             negative_slopes[i], residual.has_value());
   }
-
-  const Sizes& out = values.back().sizes;
-  Tensor output = pool_empty({out.data(), out.size()}, MemoryFormat::ChannelsLast, dtype);
+  const Sizes& sizes = block.values.back();
+  Tensor output = pool_empty({sizes.data(), sizes.size()}, MemoryFormat::ChannelsLast, block.dtype);
   if (output.numel() == 0) return output;
-  const Tensor x = needs_dense ? dense(input, MemoryFormat::ChannelsLast) : input;
-  const std::vector<int64_t> dense_x = dense_strides(input.sizes(), MemoryFormat::ChannelsLast);
-  values[0].data = static_cast<const char*>(x.const_data_ptr());
-  values[0].strides = needs_dense ? dense_x.data() : x.strides().data();
+  const Tensor x = block.needs_dense ? dense(input, MemoryFormat::ChannelsLast) : input;
   const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : x;
-  if (residual) values[1].data = static_cast<const char*>(r.const_data_ptr());
-
-  const int64_t bytes = is_bf16 ? 2 : 4;
-  std::vector<int64_t> image_size;  // bytes of one image of each value
-  int64_t touched = 0;
-  for (size_t v = 0; v < values.size(); ++v) {
-    const Sizes& s = values[v].sizes;
-    image_size.push_back(s[1] * s[2] * s[3] * bytes);
-    touched += image_size[v];
-  }
-  const int64_t limit = kChunkBytes / touched;
-  const int64_t chunk = count == 1 ? out[0] : std::min(out[0], std::max<int64_t>(1, limit));
-  std::vector<int64_t> place;  // of what lies between the convolutions, in bytes
-  int64_t between = 0;
-  for (size_t i = 0; i + 1 < count; ++i) {
-    place.push_back(between);
-    between += (image_size[kOutside + i] * chunk + 63) / 64 * 64;
-  }
-  const Workspace workspace(static_cast<size_t>(between) / sizeof(float));
-  char* const scratch = reinterpret_cast<char*>(workspace.data());
-  char* const result = static_cast<char*>(output.mutable_data_ptr());
-  for (int64_t first = 0; first < out[0]; first += chunk) {
-    const int64_t images = std::min(chunk, out[0] - first);
-    std::vector<const char*> at;
-    at.push_back(values[0].data + first * values[0].strides[0] * bytes);
-    at.push_back(residual ? values[1].data + first * image_size[1] : nullptr);
-    for (size_t i = 0; i < count; ++i) {
-      const Step& step = steps[i];
-      char* const to = i + 1 == count ? result + first * image_size.back() : scratch + place[i];
-      const std::vector<int64_t> between_strides =
-          dense_strides({values[step.input].sizes.data(), 4}, MemoryFormat::ChannelsLast);
-      run_step(step, is_bf16, images, at[step.input],
-               step.input == 0 ? values[0].strides : between_strides.data(),
-               step.residual < 0 ? nullptr : at[step.residual], to);
-      at.push_back(to);
-    }
-  }
+  // A dense tensor's strides may say anything where a size is 1.
+  const std::vector<int64_t> strides = dense_strides(input.sizes(), MemoryFormat::ChannelsLast);
+  run_block(block, static_cast<const char*>(x.const_data_ptr()),
+            block.needs_dense ? strides.data() : x.strides().data(),
+            residual ? static_cast<const char*>(r.const_data_ptr()) : nullptr,
+            static_cast<char*>(output.mutable_data_ptr()));
   return output;
 }
 

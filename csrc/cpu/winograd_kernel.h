@@ -1,175 +1,8 @@
-// One block of tiles: V = B^T d B per tile, M_p = V_p U_p per point, y = A^T M A per tile.
+// One block of tiles: V = B^T d B per tile (winograd_tiles.h), M = V U per weight, y = A^T M A.
 // Included inside the namespace of one instruction set (for_each_isa.h).
 
 #include "gemm_kernel.h"
-#include "winograd_transform.h"
-
-// Which of the convolution's weights the numbers of a line meet: with stride 1 the tile's points,
-// with stride 2 those of the even inputs, then the odd inputs' weight `outputs` times.
-constexpr int8_t kWeightsOf[3][6] = {{0, 1, 2, 5, 0, 0}, {0, 1, 2, 3, 5, 0}, {0, 1, 2, 3, 4, 5}};
-constexpr int8_t kEvenWeightsOf[3][5] = {{0, 1, 4, 0, 0}, {0, 1, 2, 4, 0}, {0, 1, 2, 3, 4}};
-
-DEVICE_INLINE int64_t weight_of(const WinogradTask& task, int64_t outputs, int64_t i) {
-  if (task.stride() == 2) return i > outputs ? task.largest + 1 : kEvenWeightsOf[outputs - 2][i];
-  return task.largest == 2 ? i : kWeightsOf[outputs - 2][i];
-}
-
-// Inputs of a line of a tile, and numbers they become.
-DEVICE_INLINE int64_t line_size(const WinogradTask& task, int64_t outputs) {
-  return task.stride() == 2 ? 2 * outputs + 1 : outputs + 2;
-}
-
-struct WinogradTile {
-  int64_t image, y, x;  // of its first output
-  int64_t height, width;
-  int64_t entries;
-  int8_t weight[kWinogradMostEntries];  // that each of its numbers meets
-  int16_t row[kWinogradMostEntries];    // and the row there
-};
-
-struct WinogradBlock {
-  WinogradTile tiles[kWinogradLargestBlock];
-  int64_t count;
-  int64_t rows[kWinogradMostWeights];
-  int64_t inputs[kWinogradMostWeights];  // where each weight's matrices begin in the workspace
-  int64_t products[kWinogradMostWeights];
-};
-
-inline void cut_block(const WinogradTask& task, int64_t first, int64_t count,
-                      WinogradBlock& block) {
-  const WinogradTiles vertical{task.conv.shape.out_height, task.largest};
-  const WinogradTiles horizontal{task.conv.shape.out_width, task.largest};
-  const int64_t across = horizontal.count(), per_image = vertical.count() * across;
-  block.count = count;
-  int64_t offset = 0;
-  for (int64_t w = 0; w < task.weights(); ++w) {
-    block.rows[w] = 0;
-    block.inputs[w] = offset;
-    offset += task.input_slice(w);
-  }
-  for (int64_t w = 0; w < task.weights(); ++w) {
-    block.products[w] = offset;
-    offset += task.product_slice(w);
-  }
-  for (int64_t t = 0; t < count; ++t) {
-    WinogradTile& tile = block.tiles[t];
-    const int64_t index = (first + t) % per_image;
-    tile.image = (first + t) / per_image;
-    tile.y = vertical.start(index / across);
-    tile.x = horizontal.start(index % across);
-    tile.height = vertical.size(index / across);
-    tile.width = horizontal.size(index % across);
-    tile.entries = 0;
-    for (int64_t i = 0; i < line_size(task, tile.height); ++i) {
-      const int64_t above = weight_of(task, tile.height, i) * task.weights_along();
-      for (int64_t j = 0; j < line_size(task, tile.width); ++j) {
-        const int64_t w = above + weight_of(task, tile.width, j);
-        tile.weight[tile.entries] = static_cast<int8_t>(w);
-        tile.row[tile.entries++] = static_cast<int16_t>(block.rows[w]++);
-      }
-    }
-  }
-}
-
-// ---- input -------------------------------------------------------------------------------------
-
-struct EntryPlace {
-  float* data;
-  int64_t chunk_stride;
-};
-
-// 16 channels; `chunk` counts them in the transformed data.
-template <class T, class Element, int kHeight, int kWidth, int kStride>
-void transform_input_chunk(const T* const* pixels, int64_t channel, const EntryPlace* entries,
-                           int64_t chunk) {
-  using Column = Line<kHeight, kStride>;
-  using Row = Line<kWidth, kStride>;
-  for (int lane = 0; lane < 16; lane += kLanes) {
-    Vector half[Row::kSize][Column::kSize];
-#pragma GCC unroll 9
-    for (int x = 0; x < Row::kSize; ++x) {
-      Vector d[Column::kSize];
-#pragma GCC unroll 9
-      for (int y = 0; y < Column::kSize; ++y) {
-        d[y] = load(pixels[y * Row::kSize + x] + channel + lane);
-      }
-      Column::input(d, half[x]);
-    }
-#pragma GCC unroll 9
-    for (int y = 0; y < Column::kSize; ++y) {
-      Vector d[Row::kSize], v[Row::kSize];
-#pragma GCC unroll 9
-      for (int x = 0; x < Row::kSize; ++x) d[x] = half[x][y];
-      Row::input(d, v);
-#pragma GCC unroll 9
-      for (int x = 0; x < Row::kSize; ++x) {
-        const EntryPlace& entry = entries[y * Row::kSize + x];
-        Element::store_words(entry.data + chunk / Element::kPerWord * entry.chunk_stride +
-                                 (chunk % Element::kPerWord * 16 + lane) / Element::kPerWord,
-                             v[x]);
-      }
-    }
-  }
-}
-
-template <class T, class Element, int kHeight, int kWidth, int kStride>
-void transform_input(const T* const* pixels, int64_t channels, const EntryPlace* entries) {
-  constexpr int kPixels = Line<kHeight, kStride>::kSize * Line<kWidth, kStride>::kSize;
-  const int64_t whole = channels / 16;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pixels, chunk * 16, entries, chunk);
-  }
-  if (channels % 16 == 0) return;
-  T rest[kPixels][16] = {};
-  const T* pointers[kPixels];
-  for (int i = 0; i < kPixels; ++i) {
-    pointers[i] = rest[i];
-    for (int64_t c = 0; c < channels % 16; ++c) rest[i][c] = pixels[i][whole * 16 + c];
-  }
-  transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pointers, 0, entries, whole);
-}
-
-// Where a tile's pixels lie; outside of the image they are zero.
-template <class T>
-void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t group,
-                   const T* zeros, const T** pixels) {
-  const ConvShape& shape = task.conv.shape;
-  for (int64_t i = 0, n = 0; i < line_size(task, tile.height); ++i) {
-    const int64_t y = tile.y * task.stride() + i - shape.padding[0];
-    const bool row_inside = y >= 0 && y < shape.height;
-    const T* row = static_cast<const T*>(task.conv.input) +
-                   (tile.image * shape.height + y) * shape.width * shape.channels +
-                   group * shape.group_channels();
-    for (int64_t j = 0; j < line_size(task, tile.width); ++j, ++n) {
-      const int64_t x = tile.x * task.stride() + j - shape.padding[1];
-      const bool inside = row_inside && x >= 0 && x < shape.width;
-      pixels[n] = inside ? row + x * shape.channels : zeros;
-    }
-  }
-}
-
-template <class T, class Element, int kStride>
-void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
-                      float* workspace, const T* zeros) {
-  static constexpr decltype(&transform_input<T, Element, 2, 2, kStride>) kBySize[3][3] = {
-      {transform_input<T, Element, 2, 2, kStride>, transform_input<T, Element, 2, 3, kStride>,
-       transform_input<T, Element, 2, 4, kStride>},
-      {transform_input<T, Element, 3, 2, kStride>, transform_input<T, Element, 3, 3, kStride>,
-       transform_input<T, Element, 3, 4, kStride>},
-      {transform_input<T, Element, 4, 2, kStride>, transform_input<T, Element, 4, 3, kStride>,
-       transform_input<T, Element, 4, 4, kStride>}};
-  for (int64_t t = 0; t < block.count; ++t) {
-    const WinogradTile& tile = block.tiles[t];
-    const T* pixels[kWinogradMostEntries];
-    locate_pixels(task, tile, group, zeros, pixels);
-    EntryPlace entries[kWinogradMostEntries];
-    for (int64_t n = 0; n < tile.entries; ++n) {
-      const int64_t w = tile.weight[n];
-      entries[n] = {workspace + block.inputs[w] + tile.row[n] * 16, block.rows[w] * 16};
-    }
-    kBySize[tile.height - 2][tile.width - 2](pixels, task.conv.shape.group_channels(), entries);
-  }
-}
+#include "winograd_tiles.h"
 
 // ---- products ----------------------------------------------------------------------------------
 
@@ -274,8 +107,6 @@ bool transform_output(const float* const* products, const Finish<T>& finish,
   return !has_nan(check);
 }
 
-// The tile again by the definition, for data that is not finite: an infinity would make every
-// output of its tile NaN, where eager PyTorch has NaN or infinity in nine of them.
 DEVICE_INLINE float as_float(float value) {
   return value;
 }
@@ -283,6 +114,8 @@ DEVICE_INLINE float as_float(bf16 value) {
   return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
+// The tile again by the definition, for data that is not finite: an infinity would make every
+// output of its tile NaN, where eager PyTorch has NaN or infinity in nine of them.
 template <class T>
 void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
                    int64_t channel, const Finish<T>& finish, const OutputPlace& place) {
