@@ -15,10 +15,11 @@ NATIVE = ("direct", "winograd2", "winograd4")
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
 _LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly empty
-# Where an error is at most 1.25 times eager's: with few channels F(2x2)'s transforms weigh more
-# than its sums, and beyond 512 (direct: 1024) oneDNN adds up in parts, our kernels in one chain.
-_STRICT_F2 = range(64, 513)
-_STRICT_DIRECT = range(1, 1025)
+# Where an error is at most 1.25 times eager's, on one thread and on two: with few channels F(2x2)'s
+# transforms weigh more than its sums; oneDNN adds up long sums in parts, ours in one chain.
+_STRICT_F2 = range(64, 513)  # channels
+_STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
+_MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
 _WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory (25 GB/s, 235 GF/s)
 _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
@@ -68,13 +69,18 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
         return ()
     strict = policy == "strict" and not problem.bf16
-    found = [] if strict and channels not in _STRICT_DIRECT else ["direct"]
+    products = problem.kernel[0] * problem.kernel[1] * channels
+    found = [] if strict and products > _STRICT_LONGEST_SUM else ["direct"]
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
         if problem.stride == (1, 1) and (
             policy == "default" or (strict and channels in _STRICT_F2)
         ):
             found.append("winograd2")
-        if problem.stride in ((1, 1), (2, 2)) and (policy == "default" or problem.bf16):
+        if (
+            problem.stride in ((1, 1), (2, 2))
+            and (policy == "default" or problem.bf16)
+            and channels <= _MOST_F4_CHANNELS
+        ):
             found.append("winograd4")
     return tuple(found)
 

@@ -327,10 +327,11 @@ def test_root_mean_square_error(algorithm: str, stride: int, kernel: int, channe
         return ((y - exact).square().mean() / exact.square().mean()).sqrt().item()
 
     ours = error(case.program(weight, scale, shift)(x, None))
-    assert ours <= POLICY_ERROR
     shape = ConvProblem(
         2, channels, (14, 14), 64, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1
     )
+    if algorithm in candidates(shape, "default"):
+        assert ours <= POLICY_ERROR
     if algorithm in candidates(shape, "strict"):
         assert ours <= STRICT_FACTOR * error(case.eager(x, weight, scale, shift, None))
 
