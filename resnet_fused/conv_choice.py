@@ -15,8 +15,8 @@ NATIVE = ("direct", "winograd2", "winograd4")
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
 _LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly empty
-# Where an error is at most 1.25 times eager's, on one thread and on two: with few channels F(2x2)'s
-# transforms weigh more than its sums; oneDNN adds up long sums in parts, ours in one chain.
+# Where an error is at most 1.25 times eager's, on one thread and on two: with few channels the
+# transforms of F(2x2) weigh more than its sums; oneDNN adds up long sums in parts, ours in one.
 _STRICT_F2 = range(64, 513)  # channels
 _STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
 _MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
