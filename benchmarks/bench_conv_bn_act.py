@@ -2,10 +2,10 @@
 
     python benchmarks/bench_conv_bn_act.py --json layers.json --plot roofline.png
 
-For each: GFLOP/s counted as a direct convolution's, the fraction of the peak (the fastest 1x1
-convolution of the run, ours or oneDNN's; Winograd exceeds it, as it multiplies less), the time beside oneDNN's fused primitive, and the error
-beside oneDNN's, against float64. In turns, with weights that are cold in the cache
-(resnet_fused/benchmark/algorithms.py).
+For each: GFLOP/s counted as a direct convolution's; the fraction of the peak, which is the fastest
+1x1 convolution of the run, ours or oneDNN's (Winograd exceeds it, as it multiplies less); the time
+beside oneDNN's fused primitive; and the error beside oneDNN's, against float64. In turns, with
+weights that are cold in the cache (resnet_fused/benchmark/algorithms.py).
 """
 
 from __future__ import annotations
