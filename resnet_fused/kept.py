@@ -39,7 +39,7 @@ class Kept(Generic[T]):
         make: Callable[[], T],
     ) -> T:
         """The value for these tensors, made now if need be."""
-        key = (options, *map(_state, sources))
+        key = options, _state(sources)
         kept = self._kept
         if kept is not None and kept[0] == key:
             return kept[2]
@@ -49,10 +49,8 @@ class Kept(Generic[T]):
         return value
 
 
-def _state(tensor: Tensor | None) -> object:
-    if tensor is None:
-        return None
+def _state(tensors: Sequence[Tensor | None]) -> object:
     try:
-        return id(tensor), tensor._version, tensor.data_ptr()
+        return [None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors]
     except RuntimeError:
         return object()  # an inference tensor has no version: nothing made from it is kept

@@ -203,7 +203,7 @@ def run(
 
 def program(conv: NativeConv, adds: bool, act: str, negative_slope: float) -> Program:
     """A convolution by itself, whose residual, if any, comes from outside."""
-    return Program([conv], [Wired(0, 1 if adds else -1, act, negative_slope)])
+    return Program([(conv, Wired(0, 1 if adds else -1, act, negative_slope))])
 
 
 class PackedConv(Kept[Folded]):

@@ -79,7 +79,7 @@ class Case:
         )  # fmt: skip
         packed = pack(weight, scale, self.stride, self.groups, self.algorithm, pairs=self.pairs)
         conv = NativeConv(self.algorithm, packed, weight, scale, shift, geometry, ())
-        return Program([conv], [Wired(0, 1 if self.residual else -1, self.act, 0.1)])
+        return Program([(conv, Wired(0, 1 if self.residual else -1, self.act, 0.1))])
 
     def eager(
         self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
@@ -373,7 +373,7 @@ def test_block_in_one_call_is_the_same_as_its_steps(batch: int, channels: int, s
         convs.append(NativeConv(case.algorithm, packed, weight, scale, shift, geometry, ()))
         residual = None if wired.residual < 0 else values[wired.residual]
         values.append(single(values[wired.input], residual))  # type: ignore[arg-type]
-    together = Program(convs, wiring)(x, None)
+    together = Program(list(zip(convs, wiring, strict=True)))(x)
     assert torch.equal(together, values[-1])  # type: ignore[arg-type]
 
 
@@ -393,6 +393,7 @@ def valid() -> dict[str, object]:
         "algorithms": ["direct"],
         "acts": ["relu"],
         "negative_slopes": [0.0],
+        "blocks": [1],
     }
 
 
@@ -433,6 +434,10 @@ HOSTILE: dict[str, tuple[str, object]] = {
     "packed for another algorithm": ("algorithms", ["winograd4"]),
     "unknown activation": ("acts", ["tanh"]),
     "two slopes": ("negative_slopes", [0.0, 0.0]),
+    "no blocks": ("blocks", []),
+    "block of none": ("blocks", [0, 1]),
+    "negative block": ("blocks", [2, -1]),
+    "blocks of more": ("blocks", [2]),
 }
 
 

@@ -2,10 +2,10 @@
 //
 //     y_i = act_i(conv(x_i, w_i * scale_i) + shift_i [+ r_i])      fixed statistics, no gradient
 //
-// `_pack_conv` folds and packs one convolution's weights once. `_packed_convs` runs one convolution
-// or all of a residual block, x_i and r_i being the block's input or an earlier y. A large batch is
-// taken a few images at a time through the whole block, so that what one convolution writes is
-// still in cache when the next one reads it; only the block's input and output cross memory.
+// `_pack_conv` folds and packs one convolution's weights once. `_packed_convs` runs residual blocks
+// that follow one another, x_i and r_i being the block's input or an earlier y of the block. A large
+// batch is taken a few images at a time through a block, so that what one convolution writes is
+// still in cache when the next one reads it; only a block's input and output cross memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -162,7 +162,7 @@ Sizes check_image(const char* name, const Tensor& tensor) {
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
-// The operator's arguments, checked.
+// One block's share of the operator's arguments, checked.
 struct Block {
   ScalarType dtype;
   std::vector<Step> steps;
@@ -274,31 +274,7 @@ void run_block(const Block& block, const char* input, const int64_t* input_strid
   }
 }
 
-Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
-                    const std::vector<Tensor>& packed, const std::vector<Tensor>& weights,
-                    const std::vector<Tensor>& scales, const std::vector<Tensor>& shifts,
-                    const std::vector<int64_t>& numbers, const std::vector<std::string>& algorithms,
-                    const std::vector<std::string>& acts,
-                    const std::vector<double>& negative_slopes) {
-  const size_t count = weights.size();
-  check(count > 0 && packed.size() == count && scales.size() == count && shifts.size() == count &&
-            numbers.size() == count * kStepNumbers && algorithms.size() == count &&
-            acts.size() == count && negative_slopes.size() == count,
-        op,
-        ": packed, weights, scales, shifts, steps, algorithms, acts and negative_slopes must "
-        "describe the same number of convolutions, one at least");
-  Block block{input.scalar_type(), {}, {check_image("input", input), {}}};
-  if (residual) {
-    block.values[1] = check_image("residual", *residual);
-    check(residual->scalar_type() == block.dtype, op, ": residual must have the dtype of input, ",
-          dtype_name(block.dtype), ", got ", dtype_name(residual->scalar_type()));
-  }
-  for (size_t i = 0; i < count; ++i) {
-    StepNumbers n;
-    std::copy_n(numbers.data() + i * kStepNumbers, kStepNumbers, reinterpret_cast<int64_t*>(&n));
-    add_step(block, n, {packed[i], weights[i], scales[i], shifts[i]}, algorithms[i], acts[i],
-             negative_slopes[i], residual.has_value());
-  }
+Tensor run(const Block& block, const Tensor& input, const std::optional<Tensor>& residual) {
   const Sizes& sizes = block.values.back();
   Tensor output = pool_empty({sizes.data(), sizes.size()}, MemoryFormat::ChannelsLast, block.dtype);
   if (output.numel() == 0) return output;
@@ -313,6 +289,55 @@ Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
   return output;
 }
 
+Tensor packed_convs(const Tensor& input, const std::optional<Tensor>& residual,
+                    const std::vector<Tensor>& packed, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& scales, const std::vector<Tensor>& shifts,
+                    const std::vector<int64_t>& numbers, const std::vector<std::string>& algorithms,
+                    const std::vector<std::string>& acts,
+                    const std::vector<double>& negative_slopes,
+                    const std::vector<int64_t>& blocks) {
+  const size_t count = weights.size();
+  check(count > 0 && packed.size() == count && scales.size() == count && shifts.size() == count &&
+            numbers.size() == count * kStepNumbers && algorithms.size() == count &&
+            acts.size() == count && negative_slopes.size() == count,
+        op,
+        ": packed, weights, scales, shifts, steps, algorithms, acts and negative_slopes must "
+        "describe the same number of convolutions, one at least");
+  size_t left = count;
+  for (const int64_t length : blocks) {
+    check(length > 0 && static_cast<size_t>(length) <= left, op,
+          ": blocks must be positive and add up to ", count, " convolutions");
+    left -= static_cast<size_t>(length);
+  }
+  check(left == 0, op, ": blocks must be positive and add up to ", count, " convolutions");
+
+  // Everything is checked before anything runs.
+  std::vector<Block> checked;
+  Sizes sizes = check_image("input", input);
+  const ScalarType dtype = input.scalar_type();
+  size_t i = 0;
+  for (const int64_t length : blocks) {
+    Block block{dtype, {}, {sizes, {}}};
+    const bool adds = residual && checked.empty();
+    if (adds) {
+      block.values[1] = check_image("residual", *residual);
+      check(residual->scalar_type() == dtype, op, ": residual must have the dtype of input, ",
+            dtype_name(dtype), ", got ", dtype_name(residual->scalar_type()));
+    }
+    for (const size_t end = i + static_cast<size_t>(length); i < end; ++i) {
+      StepNumbers n;
+      std::copy_n(numbers.data() + i * kStepNumbers, kStepNumbers, reinterpret_cast<int64_t*>(&n));
+      add_step(block, n, {packed[i], weights[i], scales[i], shifts[i]}, algorithms[i], acts[i],
+               negative_slopes[i], adds);
+    }
+    sizes = block.values.back();
+    checked.push_back(std::move(block));
+  }
+  Tensor output = run(checked[0], input, residual);
+  for (size_t b = 1; b < checked.size(); ++b) output = run(checked[b], output, std::nullopt);
+  return output;
+}
+
 }  // namespace
 }  // namespace resnet_fused
 
@@ -321,7 +346,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
   m.def(
       "_packed_convs(Tensor input, Tensor? residual, Tensor[] packed, Tensor[] weights, "
       "Tensor[] scales, Tensor[] shifts, int[] steps, str[] algorithms, str[] acts, "
-      "float[] negative_slopes) -> Tensor");
+      "float[] negative_slopes, int[] blocks) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_pack_conv", TORCH_BOX(&resnet_fused::pack_conv));

@@ -96,13 +96,20 @@ def pack(
 
 
 class Program:
-    """Convolutions that run in one call, one after the other: a residual block, or a single one."""
+    """Blocks of convolutions that run in one call, each reading what the one before wrote.
+
+    Args:
+        blocks: each a sequence of convolutions with their places in it. Only the first may read a
+            residual from outside.
+    """
 
     __slots__ = ("_arguments",)
 
-    def __init__(self, convs: Sequence[NativeConv], wiring: Sequence[Wired]) -> None:
+    def __init__(self, *blocks: Sequence[tuple[NativeConv, Wired]]) -> None:
+        convs = [conv for block in blocks for conv, _ in block]
+        places = [wired for block in blocks for _, wired in block]
         numbers: list[int] = []
-        for conv, wired in zip(convs, wiring, strict=True):
+        for conv, wired in zip(convs, places, strict=True):
             numbers += [wired.input, wired.residual, *conv.geometry]
         self._arguments = (
             [c.packed for c in convs],
@@ -111,10 +118,11 @@ class Program:
             [c.shift for c in convs],
             numbers,
             [c.algorithm for c in convs],
-            [w.act for w in wiring],
-            [w.negative_slope for w in wiring],
+            [w.act for w in places],
+            [w.negative_slope for w in places],
+            [len(block) for block in blocks],
         )
 
-    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The last convolution's output, channels_last."""
         return torch.ops.resnet_fused._packed_convs.default(input, residual, *self._arguments)

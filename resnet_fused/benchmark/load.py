@@ -41,10 +41,18 @@ class LoadError(BenchmarkError):
 def load_model(name: str) -> nn.Module:
     """The module that `name` stands for, with random weights unless its factory loads some.
 
+    The weights are the same every time, so that a figure can be had again.
+
     Raises:
         LoadError: for an unknown model, a package that is missing, a file or factory that is
             missing, and a factory that raises or does not return a module.
     """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return _load(name)
+
+
+def _load(name: str) -> nn.Module:
     prefix, _, rest = name.partition(":")
     if prefix == "torchvision" and rest:
         return _load_torchvision(rest)

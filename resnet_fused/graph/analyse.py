@@ -11,8 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.marker import FusedModule
-from resnet_fused.graph.plan import Plan, make_plan, module_reason
-from resnet_fused.graph.rewrite import plan_of
+from resnet_fused.graph.plan import Plan, make_plan, module_reason, plan_of
 from resnet_fused.graph.trace import Untraceable, opens
 
 FilterFn = Callable[[str, nn.Module], bool]

@@ -6,24 +6,44 @@ A plan is made for one module and read-only afterwards; nothing here touches the
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resnet_fused.graph.group import group_blocks
+from resnet_fused.graph.marker import FusedModule
 from resnet_fused.graph.match import Matcher, Run
 from resnet_fused.graph.trace import Untraceable, has_hooks, trace
 from resnet_fused.modules.bn_act import BNAct
-from resnet_fused.modules.conv_block import INPUT, OUTSIDE, ConvBlock, wire
 from resnet_fused.modules.conv_bn_act import ConvBNAct
 from resnet_fused.modules.max_pool import MaxPool
 from resnet_fused.packing import conv_padding
 
 _sources = count()
+
+EVALUATION = (False, False)
+"""Of Plan.bodies: not training, arguments are tensors."""
+
+
+class Opened(NamedTuple):
+    """A module whose forward a body contains, and what the trace took for granted about it."""
+
+    path: tuple[str, ...]  # from the module that the body belongs to
+    children: tuple[str, ...]
+    attributes: Mapping[str, object]  # numbers and flags that forward may have read
+
+
+class Swallowed(NamedTuple):
+    """A module that is no longer called, as the trace has seen it."""
+
+    path: tuple[str, ...]
+    kind: type
+    module: nn.Module | None = None  # where no other one will do
 
 
 @dataclass(frozen=True)
@@ -32,11 +52,11 @@ class Body:
 
     function: Callable[..., Any]
     code: str
+    graph: fx.Graph
     steps: Mapping[str, object]
     arguments: tuple[str, ...]
-    swallowed: tuple[tuple[tuple[str, ...], type], ...]  # modules that are no longer called
-    children: tuple[str, ...]
-    constants: Mapping[str, object]  # numbers and flags that forward may have read
+    opened: tuple[Opened, ...]  # the module itself first
+    swallowed: tuple[Swallowed, ...]
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call, and the module's state, are what the trace assumed."""
@@ -44,30 +64,44 @@ class Body:
             return False
         if kwargs and not all(name in self.arguments for name in kwargs):
             return False
-        if tuple(module._modules) != self.children:
-            return False
-        own = module.__dict__
-        for name, value in self.constants.items():
-            if own.get(name) != value:
-                return False
-        for path, kind in self.swallowed:
-            child = module
+        # Hundreds of modules at every call of a whole network's body: so without calls.
+        for path, kind, known in self.swallowed:
+            own = module.__dict__
             for name in path:
-                child = child._modules.get(name)  # type: ignore[assignment]
+                child = own["_modules"].get(name)
                 if child is None:
                     return False
-            if type(child) is not kind or has_hooks(child) or "forward" in child.__dict__:
+                own = child.__dict__
+            if (
+                type(child) is not kind
+                or (known is not None and child is not known)
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
                 return False
+        for path, children, attributes in self.opened:
+            own = module.__dict__
+            for name in path:
+                own = own["_modules"][name].__dict__
+            if tuple(own["_modules"]) != children:
+                return False
+            for name, value in attributes.items():
+                if own.get(name) != value:
+                    return False
         return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The bodies of one module by (training, arguments are sequences), and what was matched."""
 
     bodies: Mapping[tuple[bool, bool], Body]
     runs: tuple[Run, ...]  # fused ones and candidates with their reasons
     swallowed_names: frozenset[str]
+    whole: Body | None = None  # in evaluation, with the forwards of fused children in it
 
     def body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Body | None:
         """The body for this call, or None if the module's own forward has to run."""
@@ -78,10 +112,23 @@ class Plan:
             sequences = True
         else:
             return None
-        body = self.bodies.get((module.training, sequences))
-        if body is None or not body.fits(module, args, kwargs):
+        kind = module.training, sequences
+        body = self.bodies.get(kind)
+        if body is None or _watched():
             return None
-        return None if _watched() else body
+        if kind == EVALUATION and self._whole_fits(module, args, kwargs):
+            return self.whole
+        return body if body.fits(module, args, kwargs) else None
+
+    def _whole_fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        # torch.compile joins the bodies of children itself.
+        whole = None if torch.compiler.is_compiling() else self.whole
+        return whole is not None and whole.fits(module, args, kwargs)
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan of a fused instance."""
+    return vars(module).get("_fused_plan") if isinstance(module, FusedModule) else None
 
 
 def _watched() -> bool:
@@ -186,8 +233,9 @@ def _plan_graph(
             swallowed.add(str(node.target))
             _call_step(graph, node, name, [node.args[0]], [str(node.target)])
     _mark_deferring(graph, steps)
-    _group_blocks(graph, steps, numbers)
-    return _compile(module, graph, steps, swallowed), runs
+    group_blocks(graph, steps, lambda: f"_fused_step_{next(numbers)}")
+    below = _with_parents(module, swallowed)
+    return compile_body(module, graph, steps, (_own(module),), below), runs
 
 
 def _skip_identities(module: nn.Module, graph: fx.Graph) -> set[str]:
@@ -258,47 +306,14 @@ def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
             after.defers = args[0] is node and node not in args[1:]
 
 
-def _group_blocks(graph: fx.Graph, steps: dict[str, object], numbers: count[int]) -> None:
-    """Convolutions that follow one another and read nothing but one value become one step."""
-    nodes = [n for n in graph.nodes if n.op != "get_attr"]
-    while nodes:
-        group = _group_at(nodes, steps)
-        if len(group) > 1:
-            place = {group[0].args[0]: INPUT} | {n: OUTSIDE + i for i, n in enumerate(group)}
-            found = [steps.pop(str(n.target)) for n in group]
-            convs = [step for step in found if isinstance(step, ConvBNAct)]
-            wiring = [
-                wire(conv, place[n.args[0]], place[n.args[3]] if len(n.args) > 3 else -1)
-                for conv, n in zip(convs, group, strict=True)
-            ]
-            name = f"_fused_step_{next(numbers)}"
-            steps[name] = ConvBlock(tuple(convs), tuple(wiring))
-            modules = [m for n in group for m in n.args[1:3]]
-            with graph.inserting_before(group[-1]):
-                call = graph.create_node("call_module", name, (group[0].args[0], *modules))
-            group[-1].replace_all_uses_with(call)
-            for node in reversed(group):
-                graph.erase_node(node)
-        nodes = nodes[max(1, len(group)) :]
-
-
-def _group_at(nodes: Sequence[fx.Node], steps: Mapping[str, object]) -> list[fx.Node]:
-    """The longest group that starts with the first node; empty if that is no convolution's step."""
-    group: list[fx.Node] = []
-    for node in nodes:
-        step = steps.get(str(node.target)) if node.op == "call_module" else None
-        reads = {node.args[0], *node.args[3:]} if isinstance(step, ConvBNAct) else set()
-        if not reads or not reads <= {(group or [node])[0].args[0], *group}:
-            break
-        group.append(node)
-    while len(group) > 1 and not all(set(n.users) <= set(group) for n in group[:-1]):
-        group.pop()
-    return group
-
-
-def _compile(
-    module: nn.Module, graph: fx.Graph, steps: Mapping[str, object], swallowed: set[str]
+def compile_body(
+    module: nn.Module,
+    graph: fx.Graph,
+    steps: Mapping[str, object],
+    opened: tuple[Opened, ...],
+    swallowed: Iterable[Swallowed],
 ) -> Body:
+    """Compile a graph that calls steps back to Python."""
     source = graph.python_code("self")
     filename = f"<resnet_fused {type(module).__name__} {next(_sources)}>"
     linecache.cache[filename] = (
@@ -306,21 +321,20 @@ def _compile(
     )  # fmt: skip
     scope = dict(source.globals)
     exec(compile(source.src, filename, "exec"), scope)  # what torch.fx generated just now
-    opened = {name.rpartition(".")[0] for name in swallowed if "." in name}
-    paths = tuple(
-        (tuple(name.split(".")), type(module.get_submodule(name)))
-        for name in sorted(swallowed | opened)
-    )
     arguments = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
-    return Body(
-        scope["forward"], source.src, steps, arguments, paths,
-        tuple(module._modules), _constants(module),
-    )  # fmt: skip
+    paths = tuple(sorted(swallowed, key=lambda entry: entry.path))
+    return Body(scope["forward"], source.src, graph, steps, arguments, opened, paths)
 
 
-def _constants(module: nn.Module) -> dict[str, object]:
-    return {
+def _own(module: nn.Module) -> Opened:
+    attributes = {
         name: value
         for name, value in vars(module).items()
         if type(value) in (bool, int, float, str) and name != "training"
     }
+    return Opened((), tuple(module._modules), attributes)
+
+
+def _with_parents(module: nn.Module, names: set[str]) -> list[Swallowed]:
+    opened = {name.rpartition(".")[0] for name in names if "." in name}
+    return [Swallowed(tuple(n.split(".")), type(module.get_submodule(n))) for n in names | opened]

@@ -15,6 +15,7 @@ from torch import nn
 
 from resnet_fused.graph.marker import FusedModule, original_class
 from resnet_fused.graph.plan import Plan, make_plan
+from resnet_fused.graph.whole import open_children
 
 _PREFIX = "_fused_"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -28,16 +29,13 @@ class _Planned(FusedModule, nn.Module):
         state = get_state()
         if isinstance(state, dict):
             state = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
-        return _restore, (original_class(self), dict(vars(self)["_fused_excluded"])), state
+        return _restore, (original_class(self), dict(vars(self).get("_fused_excluded", {}))), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _attach(self, make_plan(self, vars(self)["_fused_excluded"]))
-
-
-def plan_of(module: nn.Module) -> Plan | None:
-    """The plan of a fused instance."""
-    return vars(module).get("_fused_plan") if isinstance(module, FusedModule) else None
+        plan = make_plan(self, vars(self)["_fused_excluded"])
+        _attach(self, plan)
+        _attach(self, open_children(self, plan))
 
 
 def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
@@ -49,6 +47,8 @@ def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
             done.append(module)
             vars(module)["_fused_excluded"] = dict(excluded)
             _attach(module, plan)
+        for module in done:
+            _attach(module, open_children(module, plans[module][0]))
     except BaseException:
         for module in done:
             remove(module)
@@ -64,8 +64,9 @@ def remove(module: nn.Module) -> None:
 
 
 def _attach(module: nn.Module, plan: Plan) -> None:
-    for body in plan.bodies.values():
-        vars(module).update(body.steps)
+    for body in (*plan.bodies.values(), plan.whole):
+        if body is not None:
+            vars(module).update(body.steps)
     vars(module)["_fused_plan"] = plan
 
 
@@ -82,7 +83,8 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(original)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            body = vars(self)["_fused_plan"].body(self, args, kwargs)
+            plan = vars(self).get("_fused_plan")  # none where the user's code made the instance
+            body = None if plan is None else plan.body(self, args, kwargs)
             run = original if body is None else body.function
             return run(self, *args, **kwargs)
 

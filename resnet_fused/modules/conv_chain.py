@@ -1,0 +1,162 @@
+"""The convolutions of residual blocks as one step of a model's forward.
+
+In inference on a CPU those of all blocks that follow one another run in one call, without Python
+between them. Within a block a large batch goes a few images at a time, so that what lies between
+two convolutions stays in cache. Otherwise they run one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import policy
+from resnet_fused.backends.native_conv import NativeConv, Program, Wired, unusable
+from resnet_fused.kept import Kept
+from resnet_fused.modules.batch_norm import uses_batch_statistics
+from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad
+from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops.schema import is_channels_last
+from resnet_fused.packing import statistics_and_affine
+
+INPUT = 0  # the value that a block reads; convolution i writes value 2 + i (native_conv.Wired)
+OUTSIDE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ConvBlock:
+    """Several :class:`ConvBNAct` whose values nobody else reads, and which values each reads.
+
+    Calling it is equivalent to calling the steps one after the other.
+    """
+
+    steps: tuple[ConvBNAct, ...]
+    wiring: tuple[Wired, ...]
+
+    @property
+    def module_count(self) -> int:
+        """A convolution and a batch norm (or None) for each step."""
+        return 2 * len(self.steps)
+
+    def __call__(self, input: Tensor | Deferred, *modules: Any) -> Tensor | Deferred:
+        values: list[Any] = [input, None]
+        for i, (step, wired) in enumerate(zip(self.steps, self.wiring, strict=True)):
+            conv, bn = modules[2 * i : 2 * i + 2]
+            residual = None if wired.residual < 0 else values[wired.residual]
+            values.append(step(values[wired.input], conv, bn, residual))
+        return values[-1]
+
+    def prepare(
+        self, shape: tuple[int, ...], dtype: torch.dtype, modules: tuple[Any, ...]
+    ) -> list[tuple[NativeConv, Wired]] | None:
+        """The block as part of a program, or None where its steps have to choose themselves."""
+        shapes: list[tuple[int, ...]] = [shape, ()]
+        prepared: list[tuple[NativeConv, Wired]] = []
+        for i, (step, wired) in enumerate(zip(self.steps, self.wiring, strict=True)):
+            conv, bn = modules[2 * i : 2 * i + 2]
+            if bn is not None and uses_batch_statistics(bn):
+                return None
+            if conv._parameters["weight"].dtype != dtype:
+                return None
+            packed = step.packed.folded(conv, bn, dtype).for_shape(shapes[wired.input])
+            if not isinstance(packed, NativeConv):
+                return None
+            if wired.residual >= 0 and shapes[wired.residual] != packed.output_shape:
+                return None
+            prepared.append((packed, wired))
+            shapes.append(packed.output_shape)
+        return prepared
+
+
+@dataclass(slots=True)
+class ConvChain:
+    """Blocks of which each reads nothing but what the one before wrote.
+
+    Equivalent to calling the blocks one after the other. Its modules are the convolution and the
+    batch norm (or None) of each step of each block in turn.
+    """
+
+    blocks: tuple[ConvBlock, ...]
+    _program: Kept[Program | None] = field(default_factory=Kept, compare=False)
+    _parts: tuple[ConvChain, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        single = len(self.blocks) == 1
+        self._parts = () if single else tuple(ConvChain((block,)) for block in self.blocks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.blocks,)  # a copy packs its own weights
+
+    def __call__(
+        self, input: Tensor | Deferred, *modules: nn.Conv2d | nn.BatchNorm2d | None
+    ) -> Tensor | Deferred:
+        if self._may_run_at_once(input, modules):
+            assert isinstance(input, Tensor)
+            program = self._program.get(*self._state(input, modules), self._make(input, modules))
+            if program is not None:
+                return program(input)
+        if not self._parts:
+            return self.blocks[0](input, *modules)
+        for part in self._parts:
+            count = part.blocks[0].module_count
+            input = part(input, *modules[:count])
+            modules = modules[count:]
+        return input
+
+    def _may_run_at_once(self, input: Tensor | Deferred, modules: tuple[Any, ...]) -> bool:
+        return not (
+            isinstance(input, Deferred)
+            or torch.compiler.is_compiling()
+            or not input.is_cpu
+            or input.layout != torch.strided
+            or unusable(input.dtype) is not None
+            or torch.is_autocast_enabled("cpu")
+            or not (is_channels_last(input) or is_channels_last(modules[0].weight))
+            or (
+                torch.is_grad_enabled()
+                and any(
+                    any_requires_grad(input, conv, bn, None)
+                    for conv, bn in zip(modules[::2], modules[1::2], strict=True)
+                )
+            )
+        )
+
+    def _make(self, input: Tensor, modules: tuple[Any, ...]) -> Any:
+        """What makes the program; None where not all blocks can be in one."""
+
+        def make() -> Program | None:
+            shape: tuple[int, ...] = input.shape
+            prepared, rest = [], modules
+            for block in self.blocks:
+                convs = block.prepare(shape, input.dtype, rest[: block.module_count])
+                if convs is None:
+                    return None
+                prepared.append(convs)
+                shape, rest = convs[-1][0].output_shape, rest[block.module_count :]
+            return Program(*prepared)
+
+        return make
+
+    @staticmethod
+    def _state(
+        input: Tensor, modules: tuple[Any, ...]
+    ) -> tuple[tuple[object, ...], list[Tensor | None]]:
+        """Everything a program depends on, gathered at every call: options and tensors."""
+        options: list[object] = [input.shape, input.dtype, policy.current()]
+        tensors: list[Tensor | None] = []
+        for conv, bn in zip(modules[::2], modules[1::2], strict=True):
+            parameters = conv._parameters
+            tensors += (parameters["weight"], parameters["bias"])
+            options += (conv.stride, conv.padding, conv.dilation, conv.groups)
+            if bn is not None:
+                options += (bn.training, bn.eps)
+                tensors += statistics_and_affine(bn)
+        return tuple(options), tensors
+
+
+def wire(step: ConvBNAct, input: int, residual: int) -> Wired:
+    """A step's place in a block."""
+    return Wired(input, residual, step.after.act, step.after.negative_slope)
