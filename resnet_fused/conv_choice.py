@@ -104,13 +104,12 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     panels = math.ceil(outputs / _PANEL) * _PANEL
     words = channels / 2 if multiplies_bf16(problem, algorithm) else channels
     if algorithm == "onednn":
+        words = math.ceil(words)
         work = pixels * taps * words * outputs * problem.groups / _EFFICIENCY
         return max(work, _weight_cost(taps * words * outputs * problem.groups)) + _CALL_COST
     if algorithm == "direct":
-        if problem.bf16:
-            words = math.ceil(channels / 2)
-        work = pixels * taps * words * panels * problem.groups / _EFFICIENCY
-        return max(work, _weight_cost(taps * words * panels * problem.groups)) + _CALL_COST
+        sums = _words(problem) * panels * problem.groups
+        return max(pixels * sums / _EFFICIENCY, _weight_cost(sums)) + _CALL_COST
     largest, stride = 4 if algorithm == "winograd4" else 2, problem.stride[0]
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
     products = entries * words * panels * problem.groups / _EFFICIENCY
@@ -130,6 +129,16 @@ def choose(problem: ConvProblem, policy: str, measured: str | None = None) -> st
     if measured in admitted:
         return measured
     return min(admitted, key=lambda a: cost(problem, a))
+
+
+def _words(problem: ConvProblem) -> int:
+    """Multiply-adds of direct convolution for one output: of numbers, or of pairs in bfloat16."""
+    channels, (rows, columns) = problem.channels // problem.groups, problem.kernel
+    if not problem.bf16:
+        return rows * columns * channels
+    if channels % 2 and channels < 16:  # csrc/cpu/direct_conv.h: paired along the kernel's row
+        return rows * math.ceil(columns * channels / 2)
+    return rows * columns * math.ceil(channels / 2)
 
 
 def _weight_cost(words: float) -> float:

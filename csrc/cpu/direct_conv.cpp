@@ -2,12 +2,14 @@
 //
 //     y[p][k] = act(sum_taps sum_c x[p * stride + tap][c] w[k][c][tap] * scale[k] + shift[k] [+ r])
 //
-// No im2col: a tile of 14 output pixels keeps its sums in registers over all taps and channels, and
-// its pixels are read where they lie. Only where they cannot be (padding, NCHW input, channel
-// counts whose strides fall into the same cache sets) the input rows of a unit of work are copied
-// to a band, once for all taps and output channels. Bytes: x, the residual and y once, eager twice
-// more. Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD
-// Architectures", arXiv:1808.05567.
+// A tile of 14 output pixels keeps its sums in registers over all taps and channels, and its pixels
+// are read where they lie. Only where they cannot be (padding, NCHW input, channel counts whose
+// strides fall into the same cache sets) the input rows of a unit of work are copied to a band,
+// once for all taps and output channels. There is no im2col, but in one case: a bfloat16 image of
+// three channels, whose band has for each output pixel the row of numbers that a row of the kernel
+// meets, 11 pairs for 7 taps. Bytes: x, the residual and y once, eager twice more. Georganas et
+// al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures",
+// arXiv:1808.05567.
 
 #include "direct_conv.h"
 
@@ -62,16 +64,20 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   const bool splits_pairs =
       channels % per_word + strides[0] % per_word + strides[2] % per_word + strides[3] % per_word;
   task.copies = padded || !single_tap || strides[1] != 1 || collides || splits_pairs;
-  const bool joined = words < 16 && s.dilation[1] == 1;  // the taps of a kernel row in one run
-  task.band_channels = joined ? words : (words + 15) / 16 * 16 + 16;
-  task.depth = joined ? s.kernel[1] * words : words;
+  task.windows = direct_has_windows(channels, arguments.pairs);
+  // The taps of a row of the kernel in one run.
+  const bool joined = task.windows || (words < 16 && s.dilation[1] == 1);
+  const int64_t window = (s.kernel[1] * channels + 1) / 2;
+  task.band_channels = task.windows ? window : joined ? words : (words + 15) / 16 * 16 + 16;
+  task.depth = task.windows ? window : joined ? s.kernel[1] * words : words;
 
   // A unit is large enough to use weights from L3 many times, or small if they are in L2 anyway.
-  const int64_t per_pixel = (task.copies ? task.band_channels : words) *
-                            (s.stride[0] / task.step(0)) * (s.stride[1] / task.step(1));
+  const int64_t across = task.windows ? 1 : s.stride[1] / task.step(1);
+  const int64_t per_pixel =
+      (task.copies ? task.band_channels : words) * (s.stride[0] / task.step(0)) * across;
   const int64_t weights = task.panels() * kPanel * words * s.kernel[0] * s.kernel[1];
   int64_t pixels = std::max(2 * kTilePixels, kBandFloats / per_pixel);
-  if (weights <= kBandFloats) pixels = std::min(pixels, 4 * kTilePixels);
+  if (weights <= kBandFloats) pixels = std::min(pixels, 32 * kTilePixels);
   const bool flat = is_flat(s);
   const int64_t tiles = (s.out_width + kTilePixels - 1) / kTilePixels;
   task.unit_width = flat ? std::min(tiles, pixels / kTilePixels) * kTilePixels : s.out_width;
@@ -84,6 +90,12 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
     }
   }
   return task;
+}
+
+// Words of one output's weights.
+int64_t packed_rows(int64_t channels, const int64_t* kernel, bool pairs) {
+  if (direct_has_windows(channels, pairs)) return kernel[0] * ((kernel[1] * channels + 1) / 2);
+  return kernel[0] * kernel[1] * (pairs ? (channels + 1) / 2 : channels);
 }
 
 // Calls body(Place) for a share of the output: [first, last) counts rows of all images, or tiles of
@@ -109,33 +121,39 @@ void for_places(const DirectTask& task, bool flat, int64_t first, int64_t last, 
 
 }  // namespace
 
-size_t direct_packed_words(int64_t out_channels, int64_t group_words, int64_t taps,
-                           int64_t groups) {
+size_t direct_packed_words(int64_t out_channels, int64_t group_channels, const int64_t* kernel,
+                           int64_t groups, bool pairs) {
   const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
-  return static_cast<size_t>(groups * panels * taps * group_words * kPanel);
+  return static_cast<size_t>(groups * panels * kPanel) *
+         static_cast<size_t>(packed_rows(group_channels, kernel, pairs));
 }
 
 namespace {
 
 // `Number` is float, or bf16 of which two make a word.
 template <class Number>
-void pack(const double* weight, int64_t outputs, int64_t channels, int64_t taps, int64_t groups,
-          Number* packed) {
+void pack(const double* weight, int64_t outputs, int64_t channels, const int64_t* kernel,
+          int64_t groups, Number* packed) {
   constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  const bool windows = direct_has_windows(channels, kPerWord == 2);
+  const int64_t panels = (outputs + kPanel - 1) / kPanel, taps = kernel[0] * kernel[1];
   const int64_t words = (channels + kPerWord - 1) / kPerWord;
+  const int64_t window = (kernel[1] * channels + kPerWord - 1) / kPerWord;
+  const int64_t size = packed_rows(channels, kernel, kPerWord == 2) * kPanel * kPerWord;
   torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % panels * kPanel, group = index / panels;
-      Number* const to = packed + index * taps * words * kPanel * kPerWord;
-      for (int64_t n = 0; n < kPanel; ++n) {
+      Number* const to = packed + index * size;
+      for (int64_t i = 0; i < size; ++i) write_packed(to, i, 0.0);
+      for (int64_t n = 0; n < kPanel && first + n < outputs; ++n) {
         const double* w = weight + (group * outputs + first + n) * channels * taps;
-        for (int64_t c = 0; c < words * kPerWord; ++c) {
-          const bool inside = first + n < outputs && c < channels;
+        for (int64_t c = 0; c < channels; ++c) {
           for (int64_t t = 0; t < taps; ++t) {
-            const int64_t row = t * words + c / kPerWord;
-            write_packed(to, (row * kPanel + n) * kPerWord + c % kPerWord,
-                         inside ? w[c * taps + t] : 0.0);
+            const int64_t in_row = t % kernel[1] * channels + c;  // of a window
+            const int64_t number =
+                windows ? t / kernel[1] * window * kPerWord + in_row : t * words * kPerWord + c;
+            const int64_t row = number / kPerWord;
+            write_packed(to, (row * kPanel + n) * kPerWord + number % kPerWord, w[c * taps + t]);
           }
         }
       }
@@ -145,13 +163,13 @@ void pack(const double* weight, int64_t outputs, int64_t channels, int64_t taps,
 
 }  // namespace
 
-void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
-                 int64_t groups, bool pairs, void* packed) {
+void direct_pack(const double* weight, int64_t out_channels, int64_t channels,
+                 const int64_t* kernel, int64_t groups, bool pairs, void* packed) {
   const int64_t outputs = out_channels / groups;
   if (pairs) {
-    pack(weight, outputs, channels, taps, groups, static_cast<bf16*>(packed));
+    pack(weight, outputs, channels, kernel, groups, static_cast<bf16*>(packed));
   } else {
-    pack(weight, outputs, channels, taps, groups, static_cast<float*>(packed));
+    pack(weight, outputs, channels, kernel, groups, static_cast<float*>(packed));
   }
 }
 

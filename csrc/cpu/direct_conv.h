@@ -10,6 +10,8 @@
 
 namespace resnet_fused {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 // Equally spaced pixels of one output row, as many as half a tile of the GEMM kernel.
 struct PixelRun {
   int64_t input;  // offset of its first row of A, in words
@@ -27,6 +29,7 @@ struct DirectTask {
   ConvArguments conv;
   int64_t input_strides[4];  // of (N, C, H, W), in numbers of the input
   bool copies;               // the input is read through a band in the workspace
+  bool windows;              // the band has a row of the kernel's inputs for each output pixel
   int64_t band_channels;     // words from pixel to pixel of the band, of one group
   int64_t unit_height;       // most output rows and pixels of a Place
   int64_t unit_width;
@@ -41,8 +44,15 @@ struct DirectTask {
     const ConvShape& s = conv.shape;
     return (outputs - 1) * (s.stride[i] / step(i)) + (s.kernel[i] - 1) * s.dilation[i] + 1;
   }
-  int64_t band_row() const { return band_size(1, unit_width) * band_channels; }
-  int64_t band() const { return copies ? band_size(0, unit_height) * band_row() : 0; }
+  int64_t band_row() const {
+    return (windows ? unit_width : band_size(1, unit_width)) * band_channels;
+  }
+  // One row of the input as it is, from which windows are cut, and room on both of its sides.
+  int64_t line() const {
+    const int64_t row = band_size(1, unit_width) * conv.shape.group_channels();
+    return windows ? row + 2 * kCacheLine / int64_t{sizeof(float)} : 0;
+  }
+  int64_t band() const { return copies ? band_size(0, unit_height) * band_row() + line() : 0; }
   int64_t most_runs() const { return unit_height * (unit_width / 3 + 1); }
 };
 
@@ -51,10 +61,17 @@ struct DirectTask {
 using DirectKernel = void (*)(const DirectTask& task, const Place& place, int64_t group,
                               int64_t begin, int64_t end, float* band, PixelRun* runs);
 
-// Packed weights: [group][panel of 32 outputs][tap][channel or pair][32] words.
-size_t direct_packed_words(int64_t out_channels, int64_t group_words, int64_t taps, int64_t groups);
-void direct_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t taps,
-                 int64_t groups, bool pairs, void* packed);
+// Few channels that do not come in pairs are paired along a row of the kernel.
+inline bool direct_has_windows(int64_t group_channels, bool pairs) {
+  return pairs && group_channels % 2 == 1 && group_channels < 16;
+}
+
+// Packed weights: [group][panel of 32 outputs][tap][channel or pair][32] words; with windows
+// [group][panel][row of the kernel][pair][32].
+size_t direct_packed_words(int64_t out_channels, int64_t group_channels, const int64_t* kernel,
+                           int64_t groups, bool pairs);
+void direct_pack(const double* weight, int64_t out_channels, int64_t channels,
+                 const int64_t* kernel, int64_t groups, bool pairs, void* packed);
 void direct_run(const ConvArguments& conv, const int64_t* input_strides);
 
 }  // namespace resnet_fused

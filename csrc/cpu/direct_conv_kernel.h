@@ -13,51 +13,80 @@ void copy_pixel(const T* __restrict from, int64_t stride, int64_t channels, T* _
   }
 }
 
-inline void clear(float* words, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) words[i] = 0.0f;
+template <class T>
+void clear(T* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) numbers[i] = T{};
+}
+
+// Row i of a place's inputs, pixels `spacing` numbers apart; outside of the image they are zero.
+template <class T>
+void copy_row(const DirectTask& task, const Place& place, int64_t group, int64_t i, int64_t spacing,
+              T* row) {
+  const ConvShape& shape = task.conv.shape;
+  const int64_t channels = shape.group_channels(), width = task.band_size(1, place.width);
+  const int64_t* stride = task.input_strides;
+  const int64_t left = place.x * shape.stride[1] - shape.padding[1];
+  const int64_t y = place.y * shape.stride[0] - shape.padding[0] + i * task.step(0);
+  if (y < 0 || y >= shape.height) {
+    clear(row, width * spacing);
+    return;
+  }
+  const T* image = static_cast<const T*>(task.conv.input) + place.image * stride[0] +
+                   group * channels * stride[1] + y * stride[2];
+  // Pixels that lie side by side here and there are copied together.
+  if (stride[1] == 1 && stride[3] == channels && task.step(1) == 1 && spacing == channels) {
+    const int64_t before = left < 0 ? (-left < width ? -left : width) : 0;
+    const int64_t room = shape.width - left < width ? shape.width - left : width;
+    const int64_t inside = room > before ? room : before;
+    clear(row, before * spacing);
+    copy_pixel(image + (left + before) * channels, 1, (inside - before) * channels,
+               row + before * spacing);
+    clear(row + inside * spacing, (width - inside) * spacing);
+    return;
+  }
+  const int64_t padded = task.windows ? channels : task.conv.group_words() * task.conv.per_word();
+  for (int64_t j = 0; j < width; ++j) {
+    const int64_t x = left + j * task.step(1);
+    T* to = row + j * spacing;
+    if (x < 0 || x >= shape.width) {
+      clear(to, padded);
+    } else {
+      clear(to + channels, padded - channels);  // the last pair may be half a pair
+      copy_pixel(image + x * stride[3], stride[1], channels, to);
+    }
+  }
+}
+
+// For each output pixel the numbers that a row of the kernel meets, and zeros up to a whole word.
+// Whole cache lines are copied: what is written too far, the next window or nobody reads.
+template <class T>
+void cut_windows(const DirectTask& task, int64_t width, const T* line, T* row) {
+  const ConvShape& shape = task.conv.shape;
+  const int64_t channels = shape.group_channels(), size = shape.kernel[1] * channels;
+  const int64_t spacing = task.band_channels * task.conv.per_word();
+  const int64_t run = shape.dilation[1] == 1 ? size : channels;
+  constexpr int64_t kLine = kCacheLine / sizeof(T);
+  for (int64_t j = 0; j < width; ++j) {
+    const T* from = line + j * shape.stride[1] * channels;
+    T* const to = row + j * spacing;
+    for (int64_t n = 0; n < size; n += run, from += shape.dilation[1] * channels) {
+      for (int64_t i = 0; i < run; i += kLine) std::memcpy(to + n + i, from + i, kCacheLine);
+    }
+    clear(to + size, spacing - size);
+  }
 }
 
 template <class T>
 void copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
-  constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
-  const ConvShape& shape = task.conv.shape;
-  const int64_t channels = shape.group_channels(), words = task.conv.group_words();
-  const int64_t height = task.band_size(0, place.height), width = task.band_size(1, place.width);
-  const int64_t* stride = task.input_strides;
-  const int64_t left = place.x * shape.stride[1] - shape.padding[1];
-  const T* image = static_cast<const T*>(task.conv.input) + place.image * stride[0] +
-                   group * channels * stride[1];
-  // Pixels that lie side by side here and there are copied together.
-  const bool joined = stride[1] == 1 && stride[3] == channels && task.step(1) == 1 &&
-                      task.band_channels * kPerWord == channels;
+  const int64_t height = task.band_size(0, place.height);
+  T* const line = reinterpret_cast<T*>(band + task.band() - task.line()) + kCacheLine / sizeof(T);
   for (int64_t i = 0; i < height; ++i) {
-    const int64_t y = place.y * shape.stride[0] - shape.padding[0] + i * task.step(0);
-    float* row = band + i * task.band_row();
-    if (y < 0 || y >= shape.height) {
-      clear(row, width * task.band_channels);
-      continue;
-    }
-    if (joined) {
-      const int64_t before = left < 0 ? (-left < width ? -left : width) : 0;
-      const int64_t room = shape.width - left < width ? shape.width - left : width;
-      const int64_t inside = room > before ? room : before;
-      clear(row, before * task.band_channels);
-      copy_pixel(image + y * stride[2] + (left + before) * channels, 1,
-                 (inside - before) * channels,
-                 reinterpret_cast<T*>(row + before * task.band_channels));
-      clear(row + inside * task.band_channels, (width - inside) * task.band_channels);
-      continue;
-    }
-    for (int64_t j = 0; j < width; ++j) {
-      const int64_t x = left + j * task.step(1);
-      float* to = row + j * task.band_channels;
-      if (x < 0 || x >= shape.width) {
-        clear(to, words);
-      } else {
-        to[words - 1] = 0.0f;  // the last pair may be half a pair
-        copy_pixel(image + y * stride[2] + x * stride[3], stride[1], channels,
-                   reinterpret_cast<T*>(to));
-      }
+    T* const row = reinterpret_cast<T*>(band + i * task.band_row());
+    if (task.windows) {
+      copy_row(task, place, group, i, task.conv.shape.group_channels(), line);
+      cut_windows(task, place.width, line, row);
+    } else {
+      copy_row(task, place, group, i, task.band_channels * task.conv.per_word(), row);
     }
   }
 }
@@ -65,6 +94,7 @@ void copy_band(const DirectTask& task, const Place& place, int64_t group, float*
 // Distance in A from one output pixel to the next, and to the next output row.
 DEVICE_INLINE int64_t pixel_stride(const DirectTask& task) {
   const int64_t stride = task.conv.shape.stride[1];
+  if (task.windows) return task.band_channels;
   return task.copies ? stride / task.step(1) * task.band_channels
                      : stride * task.input_strides[3] / task.conv.per_word();
 }
@@ -99,6 +129,7 @@ struct DirectTile {
   int64_t segment_count, depth;
   const float* b;
   ReadAhead ahead;
+  Expected next;  // of the next tile
   int64_t out_channels;
 };
 
@@ -109,22 +140,16 @@ void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
   const auto offset = [&](int r) {
     return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) * tile.out_channels;
   };
-  // Where the sums will go, so that they need not wait.
-  for (int r = 0; r < kRows; ++r) {
-    for (size_t column = 0; column < kPanel; column += 64 / sizeof(T)) {
-      if (finish.residual != nullptr) __builtin_prefetch(finish.residual + offset(r) + column);
-      __builtin_prefetch(finish.output + offset(r) + column, 1);
-    }
-  }
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
     const float* b = tile.b + column;
     ReadAhead ahead = tile.ahead;
+    ExpectedLines<kPanel * sizeof(T)> lines{tile.next};
     for (int64_t s = 0; s < tile.segment_count; ++s) {
       const float* a = tile.a + tile.segments[s];
       gemm_add<Element, kRows>(sums,
                                {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16},
-                               b, tile.depth, ahead);
+                               b, tile.depth, ahead, lines);
       b += tile.depth * kPanel;
     }
 #pragma GCC unroll 14
@@ -165,6 +190,14 @@ DEVICE_INLINE ReadAhead read_ahead(const DirectTask& task, const DirectTile& til
   return {tile.b, 0};
 }
 
+template <class T>
+DEVICE_INLINE Expected expect(const Finish<T>& finish, int64_t offset, int64_t out_channels) {
+  const T* const residual = finish.residual == nullptr ? finish.output : finish.residual;
+  return {reinterpret_cast<const char*>(finish.output + offset),
+          reinterpret_cast<const char*>(residual + offset),
+          out_channels * static_cast<int64_t>(sizeof(T)), kGemmRows};
+}
+
 template <class T, class Element>
 void direct_kernel(const DirectTask& task, const Place& place, int64_t group, int64_t begin,
                    int64_t end, float* band, PixelRun* runs) {
@@ -181,6 +214,7 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
                   segments,
                   task.depth,
                   nullptr,
+                  {},
                   {},
                   shape.out_channels};
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -202,6 +236,13 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
         rows += tile.second.length;
       }
       tile.ahead = read_ahead(task, tile, done, panel == begin);
+      // Then come the next tile, the next panel or the next unit.
+      const bool last = panel + 1 == end;
+      const int64_t pixel = i < count ? runs[i].pixel
+                            : last    ? runs[count - 1].pixel + runs[count - 1].length
+                                      : runs[0].pixel;
+      const int64_t turn = i < count ? 0 : last ? begin - panel : 1;
+      tile.next = expect(finish, pixel * shape.out_channels + turn * kPanel, shape.out_channels);
       Directs<T, Element>::kByRows[rows - 1](tile, finish);
     }
   }

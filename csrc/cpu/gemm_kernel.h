@@ -26,8 +26,7 @@ struct Bf16Pairs {
         _mm512_dpbf16_ps(bits_as<__m512>(sum), bits_as<__m512bh>(a), bits_as<__m512bh>(b)));
   }
   DEVICE_INLINE static void store_words(float* to, Vector value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        bits_as<__m256i>(_mm512_cvtneps_pbh(bits_as<__m512>(value))));
+    store(reinterpret_cast<bf16*>(to), value);
   }
 };
 #endif
@@ -42,6 +41,36 @@ struct ReadAhead {
   int64_t step;  // floats; 0 reads nothing more
 };
 
+// Lines of memory that will be written, and those of a residual: one pixel's each step. Asked for
+// all at once they would fill the queue of misses and stop everything.
+struct Expected {
+  const char* output;
+  const char* residual;
+  int64_t step;  // bytes
+  int64_t left;  // pixels
+};
+
+template <int kBytes>
+struct ExpectedLines : Expected {
+  DEVICE_INLINE void prefetch() {
+#pragma GCC unroll 2
+    for (int i = 0; i < kBytes; i += 64) {
+      __builtin_prefetch(output + i, 1);
+      __builtin_prefetch(residual + i);
+    }
+    output += step, residual += step;
+  }
+  DEVICE_INLINE void done(int64_t steps) {
+    left -= steps;
+    if (left <= 0) step = 0;
+  }
+};
+
+struct NothingExpected {
+  DEVICE_INLINE void prefetch() {}
+  DEVICE_INLINE void done(int64_t) {}
+};
+
 struct GemmRows {
   const float* first;   // row 0
   const float* second;  // row kHalf
@@ -49,9 +78,9 @@ struct GemmRows {
   int64_t chunk_stride;  // from 16 columns of A to the next 16
 };
 
-template <class Element, int kRows>
+template <class Element, int kRows, class Lines>
 DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const float* b,
-                            int64_t depth, ReadAhead& ahead) {
+                            int64_t depth, ReadAhead& ahead, Lines& lines) {
   const float* first = a.first;
   const float* second = a.second;
   for (int64_t chunk = 0; chunk < depth; chunk += 16) {
@@ -70,7 +99,9 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
       b += kPanel;
       __builtin_prefetch(ahead.next, 0, 2);
       ahead.next += ahead.step;
+      lines.prefetch();
     }
+    lines.done(length);
     first += a.chunk_stride;
     second += a.chunk_stride;
   }
@@ -81,7 +112,8 @@ template <class Element, int kRows>
 void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, ReadAhead ahead, float* c) {
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
-    gemm_add<Element, kRows>(sums, a, b + column, depth, ahead);
+    NothingExpected none;
+    gemm_add<Element, kRows>(sums, a, b + column, depth, ahead, none);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       store(c + r * kPanel + column, sums[r][0]);

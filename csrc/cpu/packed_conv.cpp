@@ -69,7 +69,8 @@ int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, 
   const size_t size =
       is_winograd(algorithm)
           ? winograd_packed_words(weight.size(0), words, groups, largest_tile(algorithm))
-          : direct_packed_words(weight.size(0), words, weight.size(2) * weight.size(3), groups);
+          : direct_packed_words(weight.size(0), weight.size(1), weight.sizes().data() + 2, groups,
+                                pairs);
   return static_cast<int64_t>(size);
 }
 
@@ -91,7 +92,7 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
   if (is_winograd(algorithm)) {
     winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs, to);
   } else {
-    direct_pack(data, w.size(0), w.size(1), w.size(2) * w.size(3), groups, pairs, to);
+    direct_pack(data, w.size(0), w.size(1), w.sizes().data() + 2, groups, pairs, to);
   }
   return packed;
 }

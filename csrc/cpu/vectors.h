@@ -25,10 +25,16 @@ DEVICE_INLINE Vector load(const bf16* from) {
 }
 // Round to nearest even, as narrow() in simd.h.
 DEVICE_INLINE void store(bf16* to, Vector value) {
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+  // One instruction instead of nine; numbers below 2^-126 become 0, as in oneDNN.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      bits_as<__m256i>(_mm512_cvtneps_pbh(bits_as<__m512>(value))));
+#else
   const WordVector bits = bits_as<WordVector>(value);
   const WordVector rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const WordVector kept = value == value ? rounded : WordVector{} + 0x7FC0u;
   *reinterpret_cast<UnalignedHalfVector*>(to) = __builtin_convertvector(kept, HalfVector);
+#endif
 }
 DEVICE_INLINE Vector all(float value) {
   return value - Vector{};
