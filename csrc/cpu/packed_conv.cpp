@@ -3,9 +3,9 @@
 //     y_i = act_i(conv(x_i, w_i * scale_i) + shift_i [+ r_i])      fixed statistics, no gradient
 //
 // `_pack_conv` folds and packs one convolution's weights once. `_packed_convs` runs residual blocks
-// that follow one another, x_i and r_i being the block's input or an earlier y of the block. A large
-// batch is taken a few images at a time through a block, so that what one convolution writes is
-// still in cache when the next one reads it; only a block's input and output cross memory.
+// that follow one another, x_i and r_i being the block's input or an earlier y of the block. A
+// large batch is taken a few images at a time through a block, so that what one convolution writes
+// is still in cache when the next one reads it; only a block's input and output cross memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
