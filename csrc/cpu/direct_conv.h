@@ -35,6 +35,7 @@ struct DirectTask {
   int64_t unit_width;
   std::vector<int64_t> segments;  // where the taps lie, relative to the first one
   int64_t depth;                  // words in a row, from each segment
+  int64_t longest_chain;          // words added up at once; a longer sum has several parts
 
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
   int64_t panel_size() const { return static_cast<int64_t>(segments.size()) * depth * kPanel; }

@@ -126,35 +126,61 @@ struct DirectTile {
   PixelRun first, second;  // the second may be empty
   int64_t pixel_stride;
   const int64_t* segments;
-  int64_t segment_count, depth;
+  int64_t segment_count, depth, longest_chain;
   const float* b;
   ReadAhead ahead;
   Expected next;  // of the next tile
   int64_t out_channels;
 };
 
+// memory += sums, and the sums start again.
+template <int kRows>
+DEVICE_INLINE void put_aside(Vector (&sums)[kRows][2], float (*memory)[kPanel], int column) {
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < 2; ++v) {
+      float* const to = memory[r] + column + v * kLanes;
+      store(to, load(to) + sums[r][v]);
+      sums[r][v] = Vector{};
+    }
+  }
+}
+
 template <class T, class Element, int kRows>
 void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
   const bool direct = in_registers(finish);
+  const bool in_parts = tile.segment_count * tile.depth > tile.longest_chain;
   float memory[kRows][kPanel];
+  if (in_parts) clear(memory[0], kRows * kPanel);
   const auto offset = [&](int r) {
     return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) * tile.out_channels;
   };
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
     const float* b = tile.b + column;
+    int64_t chain = 0;
     ReadAhead ahead = tile.ahead;
     ExpectedLines<kPanel * sizeof(T)> lines{tile.next};
     for (int64_t s = 0; s < tile.segment_count; ++s) {
-      const float* a = tile.a + tile.segments[s];
-      gemm_add<Element, kRows>(sums,
-                               {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16},
-                               b, tile.depth, ahead, lines);
-      b += tile.depth * kPanel;
+      for (int64_t k = 0; k < tile.depth; k += tile.longest_chain) {
+        const int64_t length =
+            tile.depth - k < tile.longest_chain ? tile.depth - k : tile.longest_chain;
+        const float* a = tile.a + tile.segments[s] + k;
+        if (chain + length > tile.longest_chain) {
+          put_aside(sums, memory, column);
+          chain = 0;
+        }
+        gemm_add<Element, kRows>(
+            sums, {a + tile.first.input, a + tile.second.input, tile.pixel_stride, 16}, b, length,
+            ahead, lines);
+        chain += length;
+        b += length * kPanel;
+      }
     }
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < 2; ++v) {
+        if (in_parts) sums[r][v] += load(memory[r] + column + v * kLanes);
         if (direct) {
           finish_vector(finish, offset(r), column + v * kLanes, sums[r][v]);
         } else {
@@ -213,6 +239,7 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
                   task.segments.data(),
                   segments,
                   task.depth,
+                  task.longest_chain,
                   nullptr,
                   {},
                   {},

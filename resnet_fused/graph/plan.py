@@ -16,12 +16,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.group import group_blocks
+from resnet_fused.graph.head import head
 from resnet_fused.graph.marker import FusedModule
 from resnet_fused.graph.match import Matcher, Run
 from resnet_fused.graph.trace import Untraceable, has_hooks, trace
 from resnet_fused.modules.bn_act import BNAct
 from resnet_fused.modules.conv_bn_act import ConvBNAct
 from resnet_fused.modules.max_pool import MaxPool
+from resnet_fused.modules.pool_linear import PoolLinear
 from resnet_fused.packing import conv_padding
 
 _sources = count()
@@ -232,6 +234,9 @@ def _plan_graph(
             steps[name] = MaxPool()
             swallowed.add(str(node.target))
             _call_step(graph, node, name, [node.args[0]], [str(node.target)])
+    for node in [n for n in graph.nodes if n.op == "call_module" and n.target not in steps]:
+        if type(module.get_submodule(str(node.target))) is nn.Linear:
+            _replace_head(module, graph, node, steps, swallowed, f"_fused_step_{next(numbers)}")
     _mark_deferring(graph, steps)
     group_blocks(graph, steps, lambda: f"_fused_step_{next(numbers)}")
     below = _with_parents(module, swallowed)
@@ -291,6 +296,24 @@ def _takes_deferred(pool: nn.MaxPool2d, node: fx.Node, steps: Mapping[str, objec
         and isinstance(source, fx.Node)
         and str(source.target) in steps
     )
+
+
+def _replace_head(
+    module: nn.Module,
+    graph: fx.Graph,
+    linear: fx.Node,
+    steps: dict[str, object],
+    swallowed: set[str],
+    name: str,
+) -> None:
+    nodes = head(module, linear, module_reason)
+    if nodes:
+        pool, flatten, _ = nodes
+        swallowed.update(str(n.target) for n in nodes if n.op == "call_module")
+        steps[name] = PoolLinear()
+        _call_step(graph, linear, name, [pool.args[0]], [str(pool.target), str(linear.target)])
+        graph.erase_node(flatten)
+        graph.erase_node(pool)
 
 
 def _mark_deferring(graph: fx.Graph, steps: Mapping[str, object]) -> None:
