@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NATIVE = ("direct", "winograd2", "winograd4")
+NATIVE = ("direct", "winograd2", "winograd4", "grouped")
 """The library's own algorithms; "onednn" is PyTorch's."""
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
@@ -21,6 +21,8 @@ _STRICT_F2 = range(64, 513)  # channels
 _STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
 _MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
+_GROUPED_EFFICIENCY = 0.75
+_ONEDNN_CHANNELS = {False: 20, True: 16}  # of a group, below which oneDNN is as much slower; bf16
 _WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory (25 GB/s, 235 GF/s)
 _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
 _TRANSFORM_COST = {2: 16, 4: 15}  # of a tile's input or output, per channel and point
@@ -66,10 +68,16 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     """The library's own algorithms that may run a problem under a precision policy."""
     channels = problem.channels // problem.groups
     outputs = problem.out_channels // problem.groups
-    if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
-        return ()
     strict = policy == "strict" and not problem.bf16
     products = problem.kernel[0] * problem.kernel[1] * channels
+    if (
+        problem.groups > 1
+        and _is_grouped(problem)
+        and not (strict and products > _STRICT_LONGEST_SUM)
+    ):
+        return ("grouped",)
+    if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
+        return ()
     found = [] if strict and products > _STRICT_LONGEST_SUM else ["direct"]
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
         if problem.stride == (1, 1) and (
@@ -85,13 +93,28 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _is_grouped(problem: ConvProblem) -> bool:
+    """Whether the kernel for narrow groups takes it (csrc/cpu/grouped_conv.cpp)."""
+    channels = problem.channels // problem.groups
+    return (
+        problem.kernel == (3, 3)
+        and problem.stride in ((1, 1), (2, 2))
+        and problem.dilation == (1, 1)
+        and problem.channels == problem.out_channels
+        and problem.channels % 16 == 0
+        and channels > 1  # a depthwise convolution waits for memory, in oneDNN too
+        and 16 % channels == 0
+    )
+
+
 def multiplies_bf16(problem: ConvProblem, algorithm: str) -> bool:
     """Whether an algorithm multiplies bfloat16 numbers, at twice the speed.
 
-    F(4x4) does not: rounding its transformed data would cost three times eager's error, so it
-    computes bfloat16 data in float32 and is the most exact of all.
+    "grouped" does not, as it lives by permuting numbers. F(4x4) does not: rounding its transformed
+    data would cost three times eager's error, so it computes bfloat16 data in float32 and is the
+    most exact of all.
     """
-    return problem.bf16 and algorithm != "winograd4"
+    return problem.bf16 and algorithm not in ("winograd4", "grouped")
 
 
 def cost(problem: ConvProblem, algorithm: str) -> float:
@@ -105,8 +128,13 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     words = channels / 2 if multiplies_bf16(problem, algorithm) else channels
     if algorithm == "onednn":
         words = math.ceil(words)
-        work = pixels * taps * words * outputs * problem.groups / _EFFICIENCY
+        narrow = channels / _ONEDNN_CHANNELS[problem.bf16] if problem.groups > 1 else 1.0
+        efficiency = _EFFICIENCY * min(1.0, narrow)
+        work = pixels * taps * words * outputs * problem.groups / efficiency
         return max(work, _weight_cost(taps * words * outputs * problem.groups)) + _CALL_COST
+    if algorithm == "grouped":
+        work = pixels * taps * channels * problem.out_channels
+        return work / _GROUPED_EFFICIENCY + _CALL_COST
     if algorithm == "direct":
         sums = _words(problem) * panels * problem.groups
         return max(pixels * sums / _EFFICIENCY, _weight_cost(sums)) + _CALL_COST

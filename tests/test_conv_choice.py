@@ -39,6 +39,9 @@ def problem(
         (problem(64, 56, 256, kernel=1), "direct", "direct"),
         (problem(3, 224, 64, kernel=7, stride=2), "direct", "onednn"),
         (problem(64, 56, 64, groups=64), "onednn", "onednn"),
+        (problem(128, 56, 128, groups=32), "grouped", "grouped"),
+        (problem(512, 14, 512, groups=32), "grouped", "onednn"),
+        (problem(256, 56, 256, stride=2, groups=32), "grouped", "grouped"),
         (problem(64, 56, 3, kernel=1), "onednn", "onednn"),
     ],
 )

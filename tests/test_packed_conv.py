@@ -154,12 +154,23 @@ def random_case(source: random.Random, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def random_narrow_groups(source: random.Random, dtype: torch.dtype) -> Case:
+    channels = 16 * source.randint(1, 8)
+    shape = source.choice([1, 2, 3]), channels, source.randint(1, 20), source.randint(1, 20)
+    return Case(
+        "grouped", shape, channels, 3, source.choice([1, 2]), source.randint(1, 2), 1,
+        channels // source.choice([1, 2, 4, 8, 16]), source.random() < 0.5,
+        source.choice(list(ACTIVATIONS)), dtype,
+    )  # fmt: skip
+
+
 def sweep(seed: int, count: int, dtype: torch.dtype = torch.float32) -> None:
     """Random cases; a failure names the case."""
-    source = random.Random(seed)
-    torch.manual_seed(seed)
-    for _ in range(count):
-        random_case(source, dtype).check()
+    for make in (random_case, random_narrow_groups):
+        source = random.Random(seed)
+        torch.manual_seed(seed)
+        for _ in range(count):
+            make(source, dtype).check()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -209,6 +220,39 @@ def test_channel_counts(algorithm: str, channels: int) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_empty_batch(algorithm: str) -> None:
     Case(algorithm, (0, 16, 8, 8), 32).check()
+
+
+GROUPED = [(16, 1), (32, 2), (16, 4), (48, 8), (64, 16)]  # channels, and those of a group
+
+
+@pytest.mark.parametrize(("channels", "group"), GROUPED)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_groups(
+    dtype: torch.dtype, padding: int, stride: int, channels: int, group: int
+) -> None:
+    """Every edge, and no value that is not finite beyond its group."""
+    for size in SIZES:
+        if min(size) + 2 * padding < 3:
+            continue
+        for value in (0.0, NAN, INF):
+
+            def place(data: Tensor, value: float = value) -> Tensor:
+                data[-1, 3, -1, -1] = value
+                return data
+
+            case = Case(
+                "grouped", (2, channels, *size), channels, stride=stride, padding=padding,
+                groups=channels // group, residual=value == 0.0, dtype=dtype,
+            )  # fmt: skip
+            with torch.backends.mkldnn.flags(enabled=dtype == torch.float32):
+                case.check(place)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_narrow_groups_with_every_activation(act: str) -> None:
+    Case("grouped", (1, 32, 9, 11), 32, groups=8, act=act).check()
 
 
 def corners(height: int, width: int) -> list[tuple[int, int]]:
@@ -485,6 +529,10 @@ def test_hostile_arguments(what: str) -> None:
         (torch.zeros(4, 4, 3, 3, dtype=torch.float64), 3, 1, "winograd4"),
         (torch.zeros(4, 4, 3, 3, dtype=torch.float64), 2, 1, "winograd2"),
         (torch.zeros(4, 4, 3, 3, dtype=torch.float64), 1, 1, "winograd6"),
+        (torch.zeros(16, 4, 1, 1, dtype=torch.float64), 1, 4, "grouped"),
+        (torch.zeros(32, 4, 3, 3, dtype=torch.float64), 1, 4, "grouped"),
+        (torch.zeros(24, 4, 3, 3, dtype=torch.float64), 1, 6, "grouped"),
+        (torch.zeros(48, 3, 3, 3, dtype=torch.float64), 1, 16, "grouped"),
     ],
 )
 def test_hostile_packing(weight: Tensor, stride: int, groups: int, algorithm: str) -> None:

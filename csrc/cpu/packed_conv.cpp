@@ -17,6 +17,7 @@
 
 #include "../common/layout.h"
 #include "direct_conv.h"
+#include "grouped_conv.h"
 #include "memory_pool.h"
 #include "winograd.h"
 #include "workspace.h"
@@ -29,18 +30,19 @@ constexpr const char* op = "_packed_convs";
 // Bytes that one pass through a block may touch: half of a small L3.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
 
-enum class Algorithm { winograd4, winograd2, direct };
+enum class Algorithm { winograd4, winograd2, direct, grouped };
 
 Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
   if (name == "winograd2") return Algorithm::winograd2;
-  check(name == "direct", caller, ": algorithm must be winograd4, winograd2 or direct, got '", name,
-        "'");
+  if (name == "grouped") return Algorithm::grouped;
+  check(name == "direct", caller,
+        ": algorithm must be winograd4, winograd2, direct or grouped, got '", name, "'");
   return Algorithm::direct;
 }
 
 bool is_winograd(Algorithm algorithm) {
-  return algorithm != Algorithm::direct;
+  return algorithm == Algorithm::winograd4 || algorithm == Algorithm::winograd2;
 }
 int64_t largest_tile(Algorithm algorithm) {
   return algorithm == Algorithm::winograd4 ? 4 : 2;
@@ -53,8 +55,9 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
         shape_text(weight.sizes()));
   check(groups > 0 && weight.size(0) % groups == 0, caller, ": groups must divide weight's ",
         weight.size(0), " output channels, got ", groups);
-  check(!is_winograd(algorithm) || (weight.size(2) == 3 && weight.size(3) == 3), caller,
-        ": Winograd takes 3 x 3 kernels, got shape ", shape_text(weight.sizes()));
+  check(algorithm == Algorithm::direct || (weight.size(2) == 3 && weight.size(3) == 3), caller,
+        ": ", algorithm == Algorithm::grouped ? "grouped" : "Winograd",
+        " takes 3 x 3 kernels, got shape ", shape_text(weight.sizes()));
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
@@ -65,6 +68,7 @@ void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm)
 
 // Words: float32, or pairs of bfloat16.
 int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, bool pairs) {
+  if (algorithm == Algorithm::grouped) return weight.numel();
   const int64_t words = pairs ? (weight.size(1) + 1) / 2 : weight.size(1);
   const size_t size =
       is_winograd(algorithm)
@@ -83,6 +87,10 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
   check(weight.scalar_type() == ScalarType::Double, caller,
         ": weight must be float64, so that folding rounds once, got ",
         dtype_name(weight.scalar_type()));
+  check(algorithm != Algorithm::grouped ||
+            (!pairs && weight.size(1) * groups == weight.size(0) &&
+             kGroupedLanes % weight.size(1) == 0 && weight.size(0) % kGroupedLanes == 0),
+        caller, ": grouped takes no pairs, and ", kGroupedWidths);
   const Tensor w = dense(weight, MemoryFormat::Contiguous);
   const double* data = static_cast<const double*>(w.const_data_ptr());
   const int64_t size = packed_words(weight, groups, algorithm, pairs) * (pairs ? 2 : 1);
@@ -91,6 +99,8 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
   void* to = packed.mutable_data_ptr();
   if (is_winograd(algorithm)) {
     winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs, to);
+  } else if (algorithm == Algorithm::grouped) {
+    grouped_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
   } else {
     direct_pack(data, w.size(0), w.size(1), w.sizes().data() + 2, groups, pairs, to);
   }
@@ -186,6 +196,8 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
   if (is_winograd(step.algorithm)) {
     winograd_run(arguments, step.weight, step.weight_strides, step.scale,
                  largest_tile(step.algorithm));
+  } else if (step.algorithm == Algorithm::grouped) {
+    grouped_run(arguments);
   } else {
     direct_run(arguments, input_strides);
   }
@@ -217,18 +229,21 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
   check_stride(op, n.stride[0], n.stride[1], algorithm);
   check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
         ": Winograd takes dilation 1");
+  const char* const unfit = algorithm == Algorithm::grouped ? grouped_unfit(shape) : nullptr;
+  check(unfit == nullptr, op, ": grouped takes ", unfit == nullptr ? "" : unfit);
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   const int64_t size = packed_words(weight, n.groups, algorithm, pairs) * (pairs ? 2 : 1);
   check(packed.is_cpu() && (pairs ? block.is_bf16() : packed.scalar_type() == ScalarType::Float) &&
             packed.dim() == 1 && packed.size(0) == size,
         op, ": packed must be what _pack_conv made of weight for ", algorithm_name, ", got ",
         dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
-  check(pairs || !block.is_bf16() || is_winograd(algorithm), op,
+  check(pairs || !block.is_bf16() || algorithm != Algorithm::direct, op,
         ": packed must be bfloat16 for direct beside bfloat16 data");
+  check(!pairs || algorithm != Algorithm::grouped, op, ": packed must be float32 for grouped");
   const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   check(n.residual < 0 || block.values[n.residual] == sizes, op,
         ": residual must have the shape of the output, ", shape_text({sizes.data(), sizes.size()}));
-  block.needs_dense |= (n.input == 0 && is_winograd(algorithm)) || n.residual == 0;
+  block.needs_dense |= (n.input == 0 && algorithm != Algorithm::direct) || n.residual == 0;
   block.steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, act),
                          static_cast<float>(negative_slope),
                          static_cast<const float*>(packed.const_data_ptr()), pairs,

@@ -39,3 +39,10 @@ DEVICE_INLINE void store(bf16* to, Vector value) {
 DEVICE_INLINE Vector all(float value) {
   return value - Vector{};
 }
+
+DEVICE_INLINE float as_float(float value) {
+  return value;
+}
+DEVICE_INLINE float as_float(bf16 value) {
+  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
+}

@@ -107,13 +107,6 @@ bool transform_output(const float* const* products, const Finish<T>& finish,
   return !has_nan(check);
 }
 
-DEVICE_INLINE float as_float(float value) {
-  return value;
-}
-DEVICE_INLINE float as_float(bf16 value) {
-  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
-}
-
 // The tile again by the definition, for data that is not finite: an infinity would make every
 // output of its tile NaN, where eager PyTorch has NaN or infinity in nine of them.
 template <class T>
