@@ -7,7 +7,8 @@ STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 RESULTS := benchmarks/results
 CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:fp32 wide_resnet50_2:16:fp32 \
-	resnet18:16:bf16 resnet18:1:bf16 resnet50:16:bf16 resnet50:1:bf16
+	resnet18:16:bf16 resnet18:1:bf16 resnet50:16:bf16 resnet50:1:bf16 \
+	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 
 .PHONY: demo test lint format bench gpu clean
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NATIVE = ("direct", "winograd2", "winograd4", "grouped")
+NATIVE = ("direct", "winograd2", "winograd4", "grouped", "strassen")
 """The library's own algorithms; "onednn" is PyTorch's."""
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
@@ -20,6 +20,7 @@ _LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly em
 _STRICT_F2 = range(64, 513)  # channels
 _STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
 _MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
+_LEAST_STRASSEN_CHANNELS = 512  # with fewer its sums take what its products save
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
 _GROUPED_EFFICIENCY = 0.75
 _ONEDNN_CHANNELS = {False: 20, True: 16}  # of a group, below which oneDNN is as much slower; bf16
@@ -90,6 +91,8 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
             and channels <= _MOST_F4_CHANNELS
         ):
             found.append("winograd4")
+    if policy == "default" and _is_strassen(problem):
+        found.append("strassen")
     return tuple(found)
 
 
@@ -104,6 +107,19 @@ def _is_grouped(problem: ConvProblem) -> bool:
         and problem.channels % 16 == 0
         and channels > 1  # a depthwise convolution waits for memory, in oneDNN too
         and 16 % channels == 0
+    )
+
+
+def _is_strassen(problem: ConvProblem) -> bool:
+    """Whether seven products in the place of eight are admitted (csrc/cpu/strassen.cpp)."""
+    return (
+        problem.kernel == (1, 1)
+        and problem.padding == (0, 0)
+        and problem.groups == 1
+        and not problem.bf16  # the sums of blocks would be rounded
+        and problem.channels >= _LEAST_STRASSEN_CHANNELS
+        and problem.channels % 32 == 0
+        and problem.out_channels % 64 == 0
     )
 
 
@@ -138,6 +154,10 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     if algorithm == "direct":
         sums = _words(problem) * panels * problem.groups
         return max(pixels * sums / _EFFICIENCY, _weight_cost(sums)) + _CALL_COST
+    if algorithm == "strassen":
+        products = pixels * channels * outputs * 7 / 8 / _EFFICIENCY
+        sums = pixels * (20 * channels + 8 * outputs)
+        return products + sums + _weight_cost(channels * outputs * 7 / 4) / 2 + _CALL_COST
     largest, stride = 4 if algorithm == "winograd4" else 2, problem.stride[0]
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
     products = entries * words * panels * problem.groups / _EFFICIENCY

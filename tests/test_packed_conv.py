@@ -107,7 +107,8 @@ class Case:
         exact = [None if t is None else t.double() for t in (x, weight, scale, shift, residual)]
         reference = self.eager(*exact)  # type: ignore[arg-type]
         sums = replace(self, act="none").eager(*exact)  # type: ignore[arg-type]
-        size = sums[sums.isfinite()].abs().max().item() if sums.numel() else None
+        finite = sums[sums.isfinite()]
+        size = finite.abs().max().item() if finite.numel() else None
         assert actual.is_contiguous(memory_format=torch.channels_last) or actual.numel() == 0
         if actual.numel():
             assert_within_policy(actual, eager, reference, "default", what=str(self), scale=size)
@@ -164,9 +165,23 @@ def random_narrow_groups(source: random.Random, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def random_strassen(source: random.Random, dtype: torch.dtype) -> Case:
+    shape = (
+        source.choice([1, 2, 3]), 32 * source.randint(1, 9), source.randint(1, 12),
+        source.randint(1, 12),
+    )  # fmt: skip
+    return Case(
+        "strassen", shape, 64 * source.randint(1, 3), 1, source.choice([1, 2]), 0, 1, 1,
+        source.random() < 0.5, source.choice(list(ACTIVATIONS)),
+    )  # fmt: skip
+
+
 def sweep(seed: int, count: int, dtype: torch.dtype = torch.float32) -> None:
     """Random cases; a failure names the case."""
-    for make in (random_case, random_narrow_groups):
+    kinds = [random_case, random_narrow_groups]
+    if dtype == torch.float32:
+        kinds.append(random_strassen)
+    for make in kinds:
         source = random.Random(seed)
         torch.manual_seed(seed)
         for _ in range(count):
@@ -248,6 +263,29 @@ def test_narrow_groups(
             )  # fmt: skip
             with torch.backends.mkldnn.flags(enabled=dtype == torch.float32):
                 case.check(place)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 13, 14, 27, 28, 29, 57, 100])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_strassen_pairs_of_tiles(stride: int, pixels: int) -> None:
+    """Every count of pixels, and no value that is not finite in another pixel's outputs."""
+    for value in (0.0, NAN, INF, -INF, 1e38):
+        for at in {0, pixels // 2, pixels - 1}:
+
+            def place(data: Tensor, at: int = at, value: float = value) -> Tensor:
+                data[0, 40, 0, at * stride] = value
+                return data
+
+            width = (pixels - 1) * stride + 1
+            Case(
+                "strassen", (1, 64, 1, width), 128, kernel=1, stride=stride, padding=0,
+                residual=value == 0.0, act="none",
+            ).check(place)  # fmt: skip
+
+
+def test_strassen_of_many_channels() -> None:
+    Case("strassen", (1, 2048, 7, 7), 512, kernel=1, padding=0).check()
+    Case("strassen", (2, 1024, 14, 14), 2048, kernel=1, stride=2, padding=0).check()
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -533,6 +571,10 @@ def test_hostile_arguments(what: str) -> None:
         (torch.zeros(32, 4, 3, 3, dtype=torch.float64), 1, 4, "grouped"),
         (torch.zeros(24, 4, 3, 3, dtype=torch.float64), 1, 6, "grouped"),
         (torch.zeros(48, 3, 3, 3, dtype=torch.float64), 1, 16, "grouped"),
+        (torch.zeros(64, 32, 3, 3, dtype=torch.float64), 1, 1, "strassen"),
+        (torch.zeros(64, 32, 1, 1, dtype=torch.float64), 1, 2, "strassen"),
+        (torch.zeros(64, 16, 1, 1, dtype=torch.float64), 1, 1, "strassen"),
+        (torch.zeros(32, 32, 1, 1, dtype=torch.float64), 1, 1, "strassen"),
     ],
 )
 def test_hostile_packing(weight: Tensor, stride: int, groups: int, algorithm: str) -> None:

@@ -24,15 +24,9 @@
 
 namespace resnet_fused {
 
-const char* grouped_unfit(const ConvShape& s) {
-  const int64_t c = s.group_channels();
-  if (s.kernel[0] != 3 || s.kernel[1] != 3) return "a 3 x 3 kernel";
-  if (s.stride[0] != s.stride[1] || s.stride[0] > 2) return "stride 1 or 2";
-  if (s.dilation[0] != 1 || s.dilation[1] != 1) return "dilation 1";
-  if (c != s.group_out_channels() || kGroupedLanes % c != 0 || s.channels % kGroupedLanes != 0) {
-    return kGroupedWidths;
-  }
-  return nullptr;
+bool grouped_takes(int64_t out_channels, int64_t group_channels, int64_t groups) {
+  return out_channels == group_channels * groups && kGroupedLanes % group_channels == 0 &&
+         out_channels % kGroupedLanes == 0;
 }
 
 // [16 output channels][row of the kernel][input channel of the group][column][16]

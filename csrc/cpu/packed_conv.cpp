@@ -19,6 +19,7 @@
 #include "direct_conv.h"
 #include "grouped_conv.h"
 #include "memory_pool.h"
+#include "strassen.h"
 #include "winograd.h"
 #include "workspace.h"
 
@@ -30,14 +31,15 @@ constexpr const char* op = "_packed_convs";
 // Bytes that one pass through a block may touch: half of a small L3.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
 
-enum class Algorithm { winograd4, winograd2, direct, grouped };
+enum class Algorithm { winograd4, winograd2, direct, grouped, strassen };
 
 Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "grouped") return Algorithm::grouped;
+  if (name == "strassen") return Algorithm::strassen;
   check(name == "direct", caller,
-        ": algorithm must be winograd4, winograd2, direct or grouped, got '", name, "'");
+        ": algorithm must be winograd4, winograd2, direct, grouped or strassen, got '", name, "'");
   return Algorithm::direct;
 }
 
@@ -48,27 +50,47 @@ int64_t largest_tile(Algorithm algorithm) {
   return algorithm == Algorithm::winograd4 ? 4 : 2;
 }
 
-void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algorithm algorithm) {
+// What an algorithm takes of a weight, beside the kernel's size.
+const char* takes(Algorithm algorithm) {
+  if (algorithm == Algorithm::grouped) return kGroupedTakes;
+  return algorithm == Algorithm::strassen ? kStrassenTakes : "3 x 3 kernels";
+}
+
+bool fits(const Tensor& weight, int64_t groups, Algorithm algorithm) {
+  const int64_t size = weight.size(2), k = weight.size(0), c = weight.size(1);
+  if (algorithm == Algorithm::direct) return true;
+  if (size != weight.size(3) || size != (algorithm == Algorithm::strassen ? 1 : 3)) return false;
+  if (algorithm == Algorithm::grouped) return grouped_takes(k, c, groups);
+  return algorithm != Algorithm::strassen || strassen_takes(k, c, groups);
+}
+
+void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algorithm algorithm,
+                  bool pairs) {
   check(weight.is_cpu() && weight.dim() == 4, caller,
         ": weight must be a CPU tensor with 4 dimensions, got shape ", shape_text(weight.sizes()));
   check(weight.numel() > 0, caller, ": weight must not be empty, got shape ",
         shape_text(weight.sizes()));
   check(groups > 0 && weight.size(0) % groups == 0, caller, ": groups must divide weight's ",
         weight.size(0), " output channels, got ", groups);
-  check(algorithm == Algorithm::direct || (weight.size(2) == 3 && weight.size(3) == 3), caller,
-        ": ", algorithm == Algorithm::grouped ? "grouped" : "Winograd",
-        " takes 3 x 3 kernels, got shape ", shape_text(weight.sizes()));
+  check(fits(weight, groups, algorithm), caller, ": this algorithm takes ", takes(algorithm),
+        ", got shape ", shape_text(weight.sizes()), " and groups ", groups);
+  check(!pairs || algorithm == Algorithm::direct || is_winograd(algorithm), caller,
+        ": this algorithm's packed weights are float32");
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
-  const int64_t most = algorithm == Algorithm::winograd4 ? 2 : 1;
-  check(!is_winograd(algorithm) || (y == x && y >= 1 && y <= most), caller,
-        ": winograd4 takes stride 1 or 2, winograd2 stride 1, got ", y, " and ", x);
+  const int64_t most = algorithm == Algorithm::winograd4 || algorithm == Algorithm::grouped ? 2 : 1;
+  const bool any = algorithm == Algorithm::direct || algorithm == Algorithm::strassen;
+  check(any || (y == x && y >= 1 && y <= most), caller,
+        ": winograd4 and grouped take stride 1 or 2, winograd2 stride 1, got ", y, " and ", x);
 }
 
 // Words: float32, or pairs of bfloat16.
 int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, bool pairs) {
   if (algorithm == Algorithm::grouped) return weight.numel();
+  if (algorithm == Algorithm::strassen) {
+    return static_cast<int64_t>(strassen_packed_floats(weight.size(0), weight.size(1)));
+  }
   const int64_t words = pairs ? (weight.size(1) + 1) / 2 : weight.size(1);
   const size_t size =
       is_winograd(algorithm)
@@ -82,15 +104,11 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
                  const std::string& algorithm_name, bool pairs) {
   constexpr const char* caller = "_pack_conv";
   const Algorithm algorithm = parse_algorithm(caller, algorithm_name);
-  check_weight(caller, weight, groups, algorithm);
+  check_weight(caller, weight, groups, algorithm, pairs);
   check_stride(caller, stride, stride, algorithm);
   check(weight.scalar_type() == ScalarType::Double, caller,
         ": weight must be float64, so that folding rounds once, got ",
         dtype_name(weight.scalar_type()));
-  check(algorithm != Algorithm::grouped ||
-            (!pairs && weight.size(1) * groups == weight.size(0) &&
-             kGroupedLanes % weight.size(1) == 0 && weight.size(0) % kGroupedLanes == 0),
-        caller, ": grouped takes no pairs, and ", kGroupedWidths);
   const Tensor w = dense(weight, MemoryFormat::Contiguous);
   const double* data = static_cast<const double*>(w.const_data_ptr());
   const int64_t size = packed_words(weight, groups, algorithm, pairs) * (pairs ? 2 : 1);
@@ -101,6 +119,8 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
     winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs, to);
   } else if (algorithm == Algorithm::grouped) {
     grouped_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
+  } else if (algorithm == Algorithm::strassen) {
+    strassen_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
   } else {
     direct_pack(data, w.size(0), w.size(1), w.sizes().data() + 2, groups, pairs, to);
   }
@@ -198,6 +218,8 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
                  largest_tile(step.algorithm));
   } else if (step.algorithm == Algorithm::grouped) {
     grouped_run(arguments);
+  } else if (step.algorithm == Algorithm::strassen) {
+    strassen_run(arguments, step.weight, step.weight_strides, step.scale);
   } else {
     direct_run(arguments, input_strides);
   }
@@ -222,16 +244,18 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
         n.residual);
   const Algorithm algorithm = parse_algorithm(op, algorithm_name);
   const Tensor &weight = tensors.weight, &packed = tensors.packed;
-  check_weight(op, weight, n.groups, algorithm);
+  const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+  check_weight(op, weight, n.groups, algorithm, pairs);
   check(weight.scalar_type() == block.dtype, op, ": weight must have the dtype of input, ",
         dtype_name(block.dtype), ", got ", dtype_name(weight.scalar_type()));
   const ConvShape shape = conv_shape(block.values[n.input], weight, n);
   check_stride(op, n.stride[0], n.stride[1], algorithm);
-  check(!is_winograd(algorithm) || (n.dilation[0] == 1 && n.dilation[1] == 1), op,
-        ": Winograd takes dilation 1");
-  const char* const unfit = algorithm == Algorithm::grouped ? grouped_unfit(shape) : nullptr;
-  check(unfit == nullptr, op, ": grouped takes ", unfit == nullptr ? "" : unfit);
-  const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+  const bool dilated = n.dilation[0] != 1 || n.dilation[1] != 1;
+  check(algorithm == Algorithm::direct || algorithm == Algorithm::strassen || !dilated, op,
+        ": Winograd and grouped take dilation 1");
+  const bool padded = n.padding[0] > 0 || n.padding[1] > 0;
+  check(algorithm != Algorithm::strassen || (!padded && !block.is_bf16()), op,
+        ": strassen takes float32 without padding");
   const int64_t size = packed_words(weight, n.groups, algorithm, pairs) * (pairs ? 2 : 1);
   check(packed.is_cpu() && (pairs ? block.is_bf16() : packed.scalar_type() == ScalarType::Float) &&
             packed.dim() == 1 && packed.size(0) == size,
@@ -239,7 +263,6 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
         dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
   check(pairs || !block.is_bf16() || algorithm != Algorithm::direct, op,
         ": packed must be bfloat16 for direct beside bfloat16 data");
-  check(!pairs || algorithm != Algorithm::grouped, op, ": packed must be float32 for grouped");
   const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   check(n.residual < 0 || block.values[n.residual] == sizes, op,
         ": residual must have the shape of the output, ", shape_text({sizes.data(), sizes.size()}));
@@ -261,7 +284,8 @@ void run_block(const Block& block, const char* input, const int64_t* input_strid
   int64_t touched = 0;
   for (size_t v = 0; v < block.values.size(); ++v) touched += block.image_bytes(v);
   const int64_t fits = std::max<int64_t>(1, kChunkBytes / touched);
-  const int64_t chunk = count == 1 ? batch : std::min(batch, fits);
+  const int64_t passes = count == 1 ? 1 : (batch + fits - 1) / fits;
+  const int64_t chunk = (batch + passes - 1) / passes;
   std::vector<int64_t> place;  // of what lies between the convolutions, in bytes
   int64_t between = 0;
   for (size_t i = 0; i + 1 < count; ++i) {
