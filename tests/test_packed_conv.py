@@ -382,10 +382,17 @@ def test_layouts_of_the_input(algorithm: str) -> None:
             ).check(lambda x, f=change: f(x).to(x.dtype))  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("shape", [(3, 40, 13, 14), (1, 288, 7, 7)], ids=str)
+OTHERS = {  # algorithms that take other convolutions
+    "grouped": lambda shape: Case("grouped", shape, shape[1], groups=shape[1] // 8),
+    "strassen": lambda shape: Case("strassen", shape, 320, kernel=1, padding=0),
+}
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, *OTHERS])
+@pytest.mark.parametrize("shape", [(3, 96, 13, 14), (1, 288, 7, 7)], ids=str)
 def test_same_bits_for_any_thread_count(algorithm: str, shape: tuple[int, ...]) -> None:
-    case = Case(algorithm, shape, 288)  # type: ignore[arg-type]
+    make = OTHERS.get(algorithm, lambda shape: Case(algorithm, shape, 288))
+    case = make(shape)  # type: ignore[no-untyped-call]
     x, weight, scale, shift = case.tensors()
     residual = torch.randn(case.output_shape)
     program = case.program(weight, scale, shift)

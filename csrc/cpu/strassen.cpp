@@ -28,14 +28,8 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t kTilePixels = 28;         // of a pair of AVX-512's tiles
 constexpr int64_t kBlockFloats = 64 << 10;  // of a unit of work: a quarter of a common L2
 constexpr int64_t kFewPixels = 512;
-
-// Pairs of tiles whose blocks are made together, so that weights are read once for all of them.
-int64_t unit_pairs(const StrassenTask& task) {
-  return std::max<int64_t>(1, kBlockFloats / (kProducts * kTilePixels / 2 * task.row()));
-}
 
 }  // namespace
 
@@ -72,15 +66,15 @@ void strassen_run(const ConvArguments& conv, const void* weight, const int64_t* 
                   const float* scale) {
   const StrassenTask task{conv, weight, {weight_strides[0], weight_strides[1]}, scale};
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pixels = task.pixels();
-  const int64_t pairs = (pixels + kTilePixels - 1) / kTilePixels;
+  const int64_t pixels = task.pixels(), size = RESNET_FUSED_CALL(strassen_pair_pixels);
+  const int64_t pairs = (pixels + size - 1) / size;
   // Few pixels: the threads share out the output channels as well.
   const int64_t across = pixels <= kFewPixels ? std::min(threads, task.panels()) : 1;
   const int64_t along = std::min(pairs, std::max<int64_t>(1, threads / across));
-  const int64_t unit = std::min(unit_pairs(task), (pairs + along - 1) / along);
-  // A row for each two pixels, and as many again as other instruction sets' smaller tiles round up.
-  const int64_t rows = (unit + 1) * kTilePixels / 2;
-  const int64_t each = (rows * kProducts * task.row() + 1023) / 1024 * 1024;
+  // Pairs whose blocks are made together, so that weights are read once for all of them.
+  const int64_t block = kProducts * size / 2 * task.row();
+  const int64_t unit = std::clamp<int64_t>(kBlockFloats / block, 1, (pairs + along - 1) / along);
+  const int64_t each = (unit * block + 1023) / 1024 * 1024;
   const Workspace workspace(static_cast<size_t>(along * across * each));
   const StrassenKernel kernel = RESNET_FUSED_CALL(strassen_kernel_for, task);
   torch::stable::parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
@@ -88,13 +82,11 @@ void strassen_run(const ConvArguments& conv, const void* weight, const int64_t* 
       const int64_t piece = worker / across, part = worker % across;
       const int64_t begin = task.panels() * part / across;
       const int64_t end = task.panels() * (part + 1) / across;
-      // Cut evenly: by pairs of tiles, then these by pixels.
-      const int64_t start = pixels * piece / along, stop = pixels * (piece + 1) / along;
-      const int64_t units = (stop - start + unit * kTilePixels - 1) / (unit * kTilePixels);
-      for (int64_t u = 0; u < units; ++u) {
-        const int64_t from = start + (stop - start) * u / units;
-        const int64_t to = start + (stop - start) * (u + 1) / units;
-        kernel(task, from, to - from, begin, end, workspace.data() + worker * each);
+      // In whole pairs, so that which pixels make a pair does not depend on the threads.
+      const int64_t stop = pairs * (piece + 1) / along;
+      for (int64_t pair = pairs * piece / along; pair < stop; pair += unit) {
+        const int64_t to = std::min(pixels, std::min(pair + unit, stop) * size);
+        kernel(task, pair * size, to - pair * size, begin, end, workspace.data() + worker * each);
       }
     }
   });

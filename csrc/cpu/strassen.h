@@ -27,7 +27,7 @@ struct StrassenTask {
 };
 
 // Pixels [first, first + count) of the output, counted over all images, panel pairs [begin, end).
-// `workspace` holds strassen_workspace(task, count) floats and is 64 byte aligned.
+// `workspace` holds the blocks of count pixels: kProducts * row() floats for each two of a pair.
 using StrassenKernel = void (*)(const StrassenTask& task, int64_t first, int64_t count,
                                 int64_t begin, int64_t end, float* workspace);
 

@@ -178,12 +178,19 @@ using StrassenPairs = StrassenTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1
 using StrassenPairs = StrassenTable<1, 2, 3, 4, 5, 6>;
 #endif
 
+// Pixels of a pair of tiles; only the last of all pairs may have fewer.
+inline int64_t strassen_pair_pixels() {
+  return 2 * kGemmRows;
+}
+
 inline void strassen(const StrassenTask& task, int64_t first, int64_t count, int64_t begin,
                      int64_t end, float* workspace) {
   const int64_t out_channels = task.conv.shape.out_channels;
-  const int64_t pairs = (count + 2 * kGemmRows - 1) / (2 * kGemmRows);
+  const int64_t pairs = (count + strassen_pair_pixels() - 1) / strassen_pair_pixels();
   const auto pair_at = [&](int64_t i) {
-    const int64_t from = count * i / pairs, size = count * (i + 1) / pairs - from;
+    const int64_t from = i * strassen_pair_pixels();
+    const int64_t left = count - from;
+    const int64_t size = left < strassen_pair_pixels() ? left : strassen_pair_pixels();
     const int64_t rows = (size + 1) / 2;
     return TilePair{first + from, rows, size - rows,
                     workspace + i * kProducts * kGemmRows * task.row()};
