@@ -65,12 +65,18 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
 
 def opens(module: nn.Module) -> bool:
     """Whether a parent's graph looks inside: a hookless Sequential of PyTorch's own modules."""
+    return is_plain_sequence(module) and all(
+        opens(m) or _is_pytorch_leaf(m) for m in module.children()
+    )
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether calling a module only calls its children in turn."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
         and "forward" not in vars(module)
         and not has_hooks(module)
-        and all(opens(m) or _is_pytorch_leaf(m) for m in module)
     )
 
 

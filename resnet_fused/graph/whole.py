@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from resnet_fused.graph.group import join_chains
 from resnet_fused.graph.plan import EVALUATION, Body, Opened, Plan, Swallowed, compile_body, plan_of
-from resnet_fused.graph.trace import has_hooks
+from resnet_fused.graph.trace import has_hooks, is_plain_sequence
 
 
 def open_children(module: nn.Module, plan: Plan) -> Plan:
@@ -152,12 +152,8 @@ def _body(module: nn.Module) -> Body | None:
 
 
 def _is_sequence_of_fused(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and "forward" not in vars(module)
-        and not has_hooks(module)
-        and any(_body(m) is not None or _is_sequence_of_fused(m) for m in module)
+    return is_plain_sequence(module) and any(
+        _body(m) is not None or _is_sequence_of_fused(m) for m in module.children()
     )
 
 

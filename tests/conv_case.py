@@ -1,0 +1,183 @@
+"""Convolutions for the library's own kernels: made, run, and held to the precision policy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from tolerance import assert_within_policy
+from torch import Tensor
+
+from resnet_fused.backends.native_conv import (
+    NativeConv,
+    Program,
+    Wired,
+    multiplies_bf16,
+    pack,
+)
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ALGORITHMS = ("direct", "winograd2", "winograd4")
+INF, NAN = float("inf"), float("nan")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution with everything a kernel may stumble over."""
+
+    algorithm: str
+    shape: tuple[int, int, int, int]
+    outputs: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    groups: int = 1
+    residual: bool = True
+    act: str = "relu"
+    dtype: torch.dtype = torch.float32
+    pairs: bool = False  # multiplies bfloat16
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Input, weight, scale and shift."""
+        k = self.kernel
+        return (
+            torch.randn(self.shape).to(self.dtype).to(memory_format=torch.channels_last),
+            torch.randn(self.outputs, self.shape[1] // self.groups, k, k).to(self.dtype),
+            torch.rand(self.outputs) + 0.5,
+            torch.randn(self.outputs),
+        )
+
+    def program(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Program:
+        """The kernel under test."""
+        geometry = (
+            *[self.stride] * 2, *[self.padding] * 2, *[self.dilation] * 2, self.groups,
+        )  # fmt: skip
+        packed = pack(weight, scale, self.stride, self.groups, self.algorithm, pairs=self.pairs)
+        conv = NativeConv(self.algorithm, packed, weight, scale, shift, geometry, ())
+        return Program([(conv, Wired(0, 1 if self.residual else -1, self.act, 0.1))])
+
+    def eager(
+        self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """The same by plain PyTorch, in the dtype of its arguments."""
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        y = torch.conv2d(x, weight, None, *options)
+        y = (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+        return ACTIVATIONS[self.act](y if residual is None else y + residual)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, K, H', W')."""
+        reach = self.dilation * (self.kernel - 1) + 1
+        size = [(n + 2 * self.padding - reach) // self.stride + 1 for n in self.shape[2:]]
+        return self.shape[0], self.outputs, size[0], size[1]
+
+    def check(self, change: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Hold the kernel to the precision policy, for an input that `change` has seen."""
+        x, weight, scale, shift = self.tensors()
+        x = change(x)
+        residual = torch.randn(self.output_shape).to(self.dtype) if self.residual else None
+        actual = self.program(weight, scale, shift)(x, residual)
+        eager = self.eager(x, weight, scale, shift, residual)
+        exact = [None if t is None else t.double() for t in (x, weight, scale, shift, residual)]
+        reference = self.eager(*exact)  # type: ignore[arg-type]
+        sums = replace(self, act="none").eager(*exact)  # type: ignore[arg-type]
+        finite = sums[sums.isfinite()]
+        size = finite.abs().max().item() if finite.numel() else None
+        assert actual.is_contiguous(memory_format=torch.channels_last) or actual.numel() == 0
+        if actual.numel():
+            assert_within_policy(actual, eager, reference, "default", what=str(self), scale=size)
+        else:
+            assert actual.shape == eager.shape
+
+
+KINDS = [("direct", False), ("winograd2", False), ("winograd4", False)]
+"""Algorithms, and whether they multiply bfloat16."""
+BF16_KINDS = [("direct", True), ("winograd2", True), ("winograd4", False), ("winograd2", False)]
+
+
+def bf16_kinds() -> list[tuple[str, bool]]:
+    """Those that this processor can run on bfloat16 data."""
+    return [kind for kind in BF16_KINDS if not kind[1] or multiplies_bf16()]
+
+
+def random_case(source: random.Random, dtype: torch.dtype) -> Case:
+    algorithm, pairs = source.choice(KINDS if dtype == torch.float32 else bf16_kinds())
+    groups = source.choice([1, 1, 1, 2, 3])
+    kernel, stride, dilation = 3, 1, 1
+    if algorithm == "winograd4":
+        stride = source.choice([1, 2])
+    elif algorithm == "direct":
+        kernel = source.choice([1, 1, 2, 3, 5, 7])
+        stride, dilation = source.choice([1, 1, 2, 3]), source.choice([1, 1, 2])
+    reach = dilation * (kernel - 1)
+    padding = source.randint(0, min(2, reach))
+    least = max(1, reach + 1 - 2 * padding)
+    return Case(
+        algorithm,
+        (
+            source.choice([1, 2, 3]),
+            groups * source.randint(1, 130 // groups),
+            source.randint(least, least + 16),
+            source.randint(least, least + 16),
+        ),
+        groups * source.randint(1, 130 // groups),
+        kernel, stride, padding, dilation, groups,
+        source.random() < 0.5,
+        source.choice(list(ACTIVATIONS)),
+        dtype,
+        pairs,
+    )  # fmt: skip
+
+
+def random_narrow_groups(source: random.Random, dtype: torch.dtype) -> Case:
+    channels = 16 * source.randint(1, 8)
+    shape = source.choice([1, 2, 3]), channels, source.randint(1, 20), source.randint(1, 20)
+    return Case(
+        "grouped", shape, channels, 3, source.choice([1, 2]), source.randint(1, 2), 1,
+        channels // source.choice([1, 2, 4, 8, 16]), source.random() < 0.5,
+        source.choice(list(ACTIVATIONS)), dtype,
+    )  # fmt: skip
+
+
+def random_strassen(source: random.Random, dtype: torch.dtype) -> Case:
+    shape = (
+        source.choice([1, 2, 3]), 32 * source.randint(1, 9), source.randint(1, 12),
+        source.randint(1, 12),
+    )  # fmt: skip
+    return Case(
+        "strassen", shape, 64 * source.randint(1, 3), 1, source.choice([1, 2]), 0, 1, 1,
+        source.random() < 0.5, source.choice(list(ACTIVATIONS)),
+    )  # fmt: skip
+
+
+def sweep(seed: int, count: int, dtype: torch.dtype = torch.float32) -> None:
+    """Random cases; a failure names the case."""
+    kinds = [random_case, random_narrow_groups]
+    if dtype == torch.float32:
+        kinds.append(random_strassen)
+    for make in kinds:
+        source = random.Random(seed)
+        torch.manual_seed(seed)
+        for _ in range(count):
+            make(source, dtype).check()
+
+
+SIZES = [(1, 1), (1, 2), (2, 3), (5, 5), (4, 4), (7, 7), (9, 1), (13, 6), (14, 14)]
+
+
+def corners(height: int, width: int) -> list[tuple[int, int]]:
+    return [(y, x) for y in (0, height // 2, height - 1) for x in (0, width // 2, width - 1)]
