@@ -6,8 +6,9 @@
 // are read where they lie. Only where they cannot be (padding, NCHW input, channel counts whose
 // strides fall into the same cache sets) the input rows of a unit of work are copied to a band,
 // once for all taps and output channels. There is no im2col, but in one case: a bfloat16 image of
-// three channels, whose band has for each output pixel the row of numbers that a row of the kernel
-// meets, 11 pairs for 7 taps. Bytes: x, the residual and y once, eager twice more. Georganas et
+// three channels, whose pairs run along the kernel's row, 11 for 7 taps. With an even stride every
+// output pixel's row begins with a whole pair, and rows overlap as in the image; else, or where not
+// all numbers are finite, the band has a row for each output pixel. Bytes: x, the residual and y once, eager twice more. Georganas et
 // al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures",
 // arXiv:1808.05567.
 
@@ -56,7 +57,14 @@ bool is_flat(const ConvShape& shape) {
   return shape.batch == 1 && shape.out_height == 1;
 }
 
-DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
+// Whether the windows of a row begin with whole pairs where they lie in the image.
+bool may_overlap(const ConvArguments& conv) {
+  const ConvShape& s = conv.shape;
+  return direct_has_windows(s.group_channels(), conv.pairs) && s.kernel[1] > 1 &&
+         s.dilation[1] == 1 && s.stride[1] % 2 == 0;
+}
+
+DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides, bool overlap) {
   DirectTask task{};
   task.conv = arguments;
   task.longest_chain = longest_chain(arguments);
@@ -91,6 +99,8 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides) {
   const int64_t tiles = (s.out_width + kTilePixels - 1) / kTilePixels;
   task.unit_width = flat ? std::min(tiles, pixels / kTilePixels) * kTilePixels : s.out_width;
   task.unit_height = flat ? 1 : std::min(s.out_height, std::max<int64_t>(1, pixels / s.out_width));
+  task.overlap = overlap;
+  if (overlap) task.band_channels = s.stride[1] * channels / 2;
 
   for (int64_t r = 0; r < s.kernel[0]; ++r) {
     for (int64_t c = 0; c < (joined ? 1 : s.kernel[1]); ++c) {
@@ -183,7 +193,10 @@ void direct_pack(const double* weight, int64_t out_channels, int64_t channels,
 }
 
 void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
-  const DirectTask task = plan(arguments, input_strides);
+  const DirectTask apart = plan(arguments, input_strides, false);
+  const bool overlap = may_overlap(arguments);
+  DirectTask task = overlap ? plan(arguments, input_strides, true) : apart;
+  task.apart = overlap ? &apart : nullptr;
   const ConvShape& s = task.conv.shape;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t panels = s.groups * task.panels();
@@ -197,7 +210,8 @@ void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
 
   const int64_t run_floats =
       task.most_runs() * static_cast<int64_t>(sizeof(PixelRun) / sizeof(float));
-  const int64_t each = (task.band() + run_floats + 1023) / 1024 * 1024;
+  const int64_t band = std::max(task.band(), apart.band());
+  const int64_t each = (band + run_floats + 1023) / 1024 * 1024;
   const Workspace workspace(static_cast<size_t>(along * across * each));
   const DirectKernel kernel = RESNET_FUSED_CALL_BF16(direct_kernel_for, task);
   check(kernel != nullptr, "_packed_convs: packed is bfloat16, which needs AVX512_BF16");

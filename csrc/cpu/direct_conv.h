@@ -30,12 +30,14 @@ struct DirectTask {
   int64_t input_strides[4];  // of (N, C, H, W), in numbers of the input
   bool copies;               // the input is read through a band in the workspace
   bool windows;              // the band has a row of the kernel's inputs for each output pixel
+  bool overlap;              // these lie over one another, as in the image
   int64_t band_channels;     // words from pixel to pixel of the band, of one group
   int64_t unit_height;       // most output rows and pixels of a Place
   int64_t unit_width;
   std::vector<int64_t> segments;  // where the taps lie, relative to the first one
   int64_t depth;                  // words in a row, from each segment
   int64_t longest_chain;          // words added up at once; a longer sum has several parts
+  const DirectTask* apart;        // with overlap: the same without, for numbers that are not finite
 
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
   int64_t panel_size() const { return static_cast<int64_t>(segments.size()) * depth * kPanel; }
@@ -46,12 +48,14 @@ struct DirectTask {
     return (outputs - 1) * (s.stride[i] / step(i)) + (s.kernel[i] - 1) * s.dilation[i] + 1;
   }
   int64_t band_row() const {
+    // The last pair of a window may end in the next pixel's first number.
+    if (overlap) return (band_size(1, unit_width) * conv.shape.group_channels() + 2) / 2;
     return (windows ? unit_width : band_size(1, unit_width)) * band_channels;
   }
   // One row of the input as it is, from which windows are cut, and room on both of its sides.
   int64_t line() const {
     const int64_t row = band_size(1, unit_width) * conv.shape.group_channels();
-    return windows ? row + 2 * kCacheLine / int64_t{sizeof(float)} : 0;
+    return windows && !overlap ? row + 2 * kCacheLine / int64_t{sizeof(float)} : 0;
   }
   int64_t band() const { return copies ? band_size(0, unit_height) * band_row() + line() : 0; }
   int64_t most_runs() const { return unit_height * (unit_width / 3 + 1); }

@@ -76,19 +76,38 @@ void cut_windows(const DirectTask& task, int64_t width, const T* line, T* row) {
   }
 }
 
+inline bool all_finite(const bf16* numbers, int64_t count) {
+  uint16_t largest = 0;  // exponent
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t exponent = numbers[i].bits & 0x7F80;
+    largest = largest < exponent ? exponent : largest;
+  }
+  return largest != 0x7F80;
+}
+
+// False if windows overlap and not all numbers are finite: a window's last pair may then be one
+// number and, times zero, a stranger that turns the sum into NaN.
 template <class T>
-void copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
+bool copy_band(const DirectTask& task, const Place& place, int64_t group, float* band) {
   const int64_t height = task.band_size(0, place.height);
   T* const line = reinterpret_cast<T*>(band + task.band() - task.line()) + kCacheLine / sizeof(T);
   for (int64_t i = 0; i < height; ++i) {
     T* const row = reinterpret_cast<T*>(band + i * task.band_row());
-    if (task.windows) {
+    if (!task.windows) {
+      copy_row(task, place, group, i, task.band_channels * task.conv.per_word(), row);
+    } else if (!task.overlap) {
       copy_row(task, place, group, i, task.conv.shape.group_channels(), line);
       cut_windows(task, place.width, line, row);
     } else {
-      copy_row(task, place, group, i, task.band_channels * task.conv.per_word(), row);
+      const int64_t channels = task.conv.shape.group_channels();
+      const int64_t count = task.band_size(1, place.width) * channels;
+      copy_row(task, place, group, i, channels, row);
+      if (!all_finite(reinterpret_cast<const bf16*>(row), count)) return false;
+      clear(row + count, 1);
     }
   }
+  return true;
 }
 
 // Distance in A from one output pixel to the next, and to the next output row.
@@ -228,7 +247,9 @@ template <class T, class Element>
 void direct_kernel(const DirectTask& task, const Place& place, int64_t group, int64_t begin,
                    int64_t end, float* band, PixelRun* runs) {
   const ConvShape& shape = task.conv.shape;
-  if (task.copies) copy_band<T>(task, place, group, band);
+  if (task.copies && !copy_band<T>(task, place, group, band)) {
+    return direct_kernel<T, Element>(*task.apart, place, group, begin, end, band, runs);
+  }
   const int64_t count = cut_runs(task, place, group, runs);
   const int64_t outputs = shape.group_out_channels();
   const int64_t segments = static_cast<int64_t>(task.segments.size());
