@@ -8,9 +8,9 @@
 // once for all taps and output channels. There is no im2col, but in one case: a bfloat16 image of
 // three channels, whose pairs run along the kernel's row, 11 for 7 taps. With an even stride every
 // output pixel's row begins with a whole pair, and rows overlap as in the image; else, or where not
-// all numbers are finite, the band has a row for each output pixel. Bytes: x, the residual and y once, eager twice more. Georganas et
-// al., "Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures",
-// arXiv:1808.05567.
+// all numbers are finite, the band has a row for each output pixel. Bytes: x, the residual and y
+// once, eager twice more. Georganas et al., "Anatomy of High-Performance Deep Learning Convolutions
+// on SIMD Architectures", arXiv:1808.05567.
 
 #include "direct_conv.h"
 
