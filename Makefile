@@ -10,7 +10,7 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnet18:16:bf16 resnet18:1:bf16 resnet50:16:bf16 resnet50:1:bf16 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test sanitize lint format bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
@@ -18,6 +18,23 @@ demo: .venv/.ready
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
 	$(BIN)/python -m pytest -q tests/test_speedup.py
+
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of its own.
+SANITIZED := build/sanitized
+sanitize: $(SANITIZED)/.ready
+	rm -f $(SANITIZED)/report.*
+	PYTHONPATH=$(SANITIZED)/lib RESNET_FUSED_POOL_BYTES=0 OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(SANITIZED)/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
+		$(BIN)/pytest -q -n auto -p no:cacheprovider $(wildcard $(addprefix tests/test_, \
+			conv_kinds.py head.py max_pool.py ops.py overwrite.py packed_conv.py packed_conv_op.py)) \
+		|| { cat $(SANITIZED)/report.*; exit 1; }
+
+$(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
+	RESNET_FUSED_SANITIZE=1 $(BIN)/python setup.py -q build \
+		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	touch $@
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -27,12 +27,12 @@ struct Block {
   size_t bytes;
 };
 
+#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+
 size_t rounded(size_t bytes) {
   const size_t unit = bytes < kHugePage ? kPage : kHugePage;
   return (bytes + unit - 1) / unit * unit;
 }
-
-#if defined(__linux__)
 
 // mmap rather than aligned_alloc: with madvise on malloc's memory the gain was lost (half the
 // speed).
@@ -55,6 +55,11 @@ void system_free(Block block) {
 }
 
 #else
+
+// AddressSanitizer sees what lies beyond a block of just the size that was asked for.
+size_t rounded(size_t bytes) {
+  return bytes;
+}
 
 char* system_allocate(size_t bytes) {
   return static_cast<char*>(::operator new(bytes, std::align_val_t(64), std::nothrow));
