@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NATIVE = ("direct", "winograd2", "winograd4", "grouped", "strassen")
+NATIVE = ("direct", "winograd2", "winograd3", "winograd4", "grouped", "strassen")
 """The library's own algorithms; "onednn" is PyTorch's."""
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
@@ -26,7 +26,8 @@ _GROUPED_EFFICIENCY = 0.75
 _ONEDNN_CHANNELS = {False: 20, True: 16}  # of a group, below which oneDNN is as much slower; bf16
 _WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory (25 GB/s, 235 GF/s)
 _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
-_TRANSFORM_COST = {2: 16, 4: 15}  # of a tile's input or output, per channel and point
+_TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
+_PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
 
@@ -91,6 +92,8 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
             and channels <= _MOST_F4_CHANNELS
         ):
             found.append("winograd4")
+        if problem.stride == (2, 2) and policy == "default" and problem.bf16:
+            found.append("winograd3")  # with stride 1 it errs twice as much, like F(4x4) with 2
     if policy == "default" and _is_strassen(problem):
         found.append("strassen")
     return tuple(found)
@@ -158,10 +161,11 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
         products = pixels * channels * outputs * 7 / 8 / _EFFICIENCY
         sums = pixels * (20 * channels + 8 * outputs)
         return products + sums + _weight_cost(channels * outputs * 7 / 4) / 2 + _CALL_COST
-    largest, stride = 4 if algorithm == "winograd4" else 2, problem.stride[0]
+    largest, stride = int(algorithm.removeprefix("winograd")), problem.stride[0]
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
     products = entries * words * panels * problem.groups / _EFFICIENCY
-    transforms = entries * (channels + panels) * problem.groups * _TRANSFORM_COST[largest]
+    each = _PAIR_TRANSFORM_COST if multiplies_bf16(problem, algorithm) else _TRANSFORM_COST
+    transforms = entries * (channels + panels) * problem.groups * each
     weights = (largest + 2) ** 2 * words * panels * problem.groups
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
@@ -197,9 +201,7 @@ def _entries(length: int, largest: int, stride: int) -> int:
     """What one dimension is transformed to, by tiles of at most so many outputs."""
     # A tile of m outputs takes m + 2 points, with stride 2 2m + 1 (csrc/cpu/winograd.h).
     size = {m: m + 2 if stride == 1 else 2 * m + 1 for m in (2, 3, 4)}
-    if largest == 2:
-        return math.ceil(length / 2) * size[2]
-    whole, rest = divmod(length, 4)
-    if rest == 1 and whole:
-        return (whole - 1) * size[4] + size[3] + size[2]
-    return whole * size[4] + (size[max(rest, 2)] if rest else 0)
+    whole, rest = divmod(length, largest)
+    if rest == 1 and whole and largest > 2:
+        return (whole - 1) * size[largest] + size[largest - 1] + size[2]
+    return whole * size[largest] + (size[max(rest, 2)] if rest else 0)

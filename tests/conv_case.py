@@ -20,7 +20,7 @@ from resnet_fused.backends.native_conv import (
 )
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-ALGORITHMS = ("direct", "winograd2", "winograd4")
+ALGORITHMS = ("direct", "winograd2", "winograd3", "winograd4")
 INF, NAN = float("inf"), float("nan")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -104,25 +104,30 @@ class Case:
             assert actual.shape == eager.shape
 
 
-KINDS = [("direct", False), ("winograd2", False), ("winograd4", False)]
-"""Algorithms, and whether they multiply bfloat16."""
-BF16_KINDS = [("direct", True), ("winograd2", True), ("winograd4", False), ("winograd2", False)]
+def may_run_direct(dtype: torch.dtype) -> bool:
+    """Whether this processor has direct convolution of a dtype."""
+    return dtype == torch.float32 or multiplies_bf16()
 
 
-def bf16_kinds() -> list[tuple[str, bool]]:
-    """Those that this processor can run on bfloat16 data."""
-    return [kind for kind in BF16_KINDS if not kind[1] or multiplies_bf16()]
+def rounds(algorithm: str, stride: int) -> bool:
+    """Whether an algorithm may round what it multiplies to bfloat16, on this processor."""
+    exact_enough = algorithm in ("direct", "winograd2") or (algorithm, stride) == ("winograd3", 2)
+    return exact_enough and multiplies_bf16()
 
 
 def random_case(source: random.Random, dtype: torch.dtype) -> Case:
-    algorithm, pairs = source.choice(KINDS if dtype == torch.float32 else bf16_kinds())
+    possible = [a for a in ALGORITHMS if a != "direct" or may_run_direct(dtype)]
+    algorithm = source.choice(possible)
     groups = source.choice([1, 1, 1, 2, 3])
     kernel, stride, dilation = 3, 1, 1
-    if algorithm == "winograd4":
+    if algorithm != "direct":
         stride = source.choice([1, 2])
-    elif algorithm == "direct":
+    else:
         kernel = source.choice([1, 1, 2, 3, 5, 7])
         stride, dilation = source.choice([1, 1, 2, 3]), source.choice([1, 1, 2])
+    pairs = dtype == torch.bfloat16 and rounds(algorithm, stride)
+    if algorithm != "direct":  # data may be bfloat16 where weights are not
+        pairs = pairs and source.random() < 0.7
     reach = dilation * (kernel - 1)
     padding = source.randint(0, min(2, reach))
     least = max(1, reach + 1 - 2 * padding)

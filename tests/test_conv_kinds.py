@@ -72,7 +72,9 @@ def test_narrow_groups_with_every_activation(act: str) -> None:
 
 
 @pytest.mark.skipif(not multiplies_bf16(), reason="this processor has no AVX512_BF16")
-@pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (3, 7), (3, 11), (5, 3), (15, 5)])
+@pytest.mark.parametrize(
+    ("channels", "kernel"), [(1, 3), (3, 7), (3, 11), (5, 3), (15, 5), (13, 1)]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_windows_of_few_channels(channels: int, kernel: int, layout: torch.memory_format) -> None:
     """Odd channels are paired along the kernel's row: what follows the row is not read.

@@ -11,14 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conv_case import ALGORITHMS, INF, ISAS, NAN, SIZES, Case, corners, sweep
+from conv_case import (
+    ALGORITHMS,
+    INF,
+    ISAS,
+    NAN,
+    SIZES,
+    Case,
+    corners,
+    may_run_direct,
+    rounds,
+    sweep,
+)
 from tolerance import POLICY_ERROR, STRICT_FACTOR
 from torch import Tensor
 
 from resnet_fused.backends import native
-from resnet_fused.backends.native_conv import (
-    multiplies_bf16,
-)
 from resnet_fused.conv_choice import ConvProblem, candidates
 
 pytestmark = pytest.mark.skipif(not native.available, reason=str(native.reason))
@@ -53,7 +61,7 @@ def test_every_instruction_set(isa: str) -> None:
 def test_every_edge_of_the_image(
     algorithm: str, padding: int, stride: int, size: tuple[int, int]
 ) -> None:
-    if min(size) + 2 * padding < 3 or (algorithm == "winograd2" and stride == 2):
+    if min(size) + 2 * padding < 3:
         pytest.skip("no such convolution")
     Case(algorithm, (2, 20, *size), 40, stride=stride, padding=padding).check()
 
@@ -80,10 +88,8 @@ def test_values_that_are_not_finite(
     """NaN and infinities reach the outputs that eager PyTorch gives them, and no others; 1e37
     overflows in a Winograd transform, and not in the sum.
     """
-    if algorithm == "winograd2" and stride == 2:
-        pytest.skip("no such convolution")
-    pairs = dtype == torch.bfloat16 and algorithm != "winograd4"
-    if pairs and not multiplies_bf16():
+    pairs = dtype == torch.bfloat16 and rounds(algorithm, stride)
+    if algorithm == "direct" and not may_run_direct(dtype):
         pytest.skip("this processor has no AVX512_BF16")
     for y, x in corners(9, 10):
 
@@ -119,7 +125,7 @@ def test_layouts_of_the_input(algorithm: str) -> None:
         lambda x: x[:1, :, :1].expand(2, -1, 8, -1),
     ]
     kinds = [(torch.float32, False)]
-    if algorithm != "winograd4" and multiplies_bf16():
+    if rounds(algorithm, 1):
         kinds.append((torch.bfloat16, True))
     for kernel, padding in ((3, 1), (1, 0)):
         if kernel == 1 and algorithm != "direct":
@@ -172,7 +178,13 @@ def test_workspace_does_not_grow_with_the_batch(algorithm: str) -> None:
 @pytest.mark.parametrize("channels", [64, 256, 512, 1024, 2048])
 @pytest.mark.parametrize(
     ("algorithm", "stride", "kernel"),
-    [("winograd2", 1, 3), ("winograd4", 1, 3), ("winograd4", 2, 3), ("direct", 1, 1)],
+    [
+        ("winograd2", 1, 3),
+        ("winograd3", 2, 3),
+        ("winograd4", 1, 3),
+        ("winograd4", 2, 3),
+        ("direct", 1, 1),
+    ],
 )
 def test_root_mean_square_error(algorithm: str, stride: int, kernel: int, channels: int) -> None:
     """What the precision policy is defined by: 3e-6, and where strict admits it 1.25 times eager's

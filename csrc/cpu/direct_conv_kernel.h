@@ -67,7 +67,7 @@ void cut_windows(const DirectTask& task, int64_t width, const T* line, T* row) {
   const int64_t run = shape.dilation[1] == 1 ? size : channels;
   constexpr int64_t kLine = kCacheLine / sizeof(T);
   for (int64_t j = 0; j < width; ++j) {
-    const T* from = line + j * shape.stride[1] * channels;
+    const T* from = line + j * (shape.stride[1] / task.step(1)) * channels;
     T* const to = row + j * spacing;
     for (int64_t n = 0; n < size; n += run, from += shape.dilation[1] * channels) {
       for (int64_t i = 0; i < run; i += kLine) std::memcpy(to + n + i, from + i, kCacheLine);

@@ -31,23 +31,26 @@ constexpr const char* op = "_packed_convs";
 // Bytes that one pass through a block may touch: half of a small L3.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
 
-enum class Algorithm { winograd4, winograd2, direct, grouped, strassen };
+enum class Algorithm { winograd4, winograd3, winograd2, direct, grouped, strassen };
 
 Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
+  if (name == "winograd3") return Algorithm::winograd3;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "grouped") return Algorithm::grouped;
   if (name == "strassen") return Algorithm::strassen;
   check(name == "direct", caller,
-        ": algorithm must be winograd4, winograd2, direct, grouped or strassen, got '", name, "'");
+        ": algorithm must be winograd2, winograd3, winograd4, direct, grouped or strassen, got '",
+        name, "'");
   return Algorithm::direct;
 }
 
 bool is_winograd(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 || algorithm == Algorithm::winograd2;
+  return algorithm == Algorithm::winograd4 || algorithm == Algorithm::winograd3 ||
+         algorithm == Algorithm::winograd2;
 }
 int64_t largest_tile(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 ? 4 : 2;
+  return algorithm == Algorithm::winograd4 ? 4 : algorithm == Algorithm::winograd3 ? 3 : 2;
 }
 
 // What an algorithm takes of a weight, beside the kernel's size.
@@ -79,10 +82,9 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
-  const int64_t most = algorithm == Algorithm::winograd4 || algorithm == Algorithm::grouped ? 2 : 1;
   const bool any = algorithm == Algorithm::direct || algorithm == Algorithm::strassen;
-  check(any || (y == x && y >= 1 && y <= most), caller,
-        ": winograd4 and grouped take stride 1 or 2, winograd2 stride 1, got ", y, " and ", x);
+  check(any || (y == x && (y == 1 || y == 2)), caller,
+        ": Winograd and grouped take stride 1 or 2, got ", y, " and ", x);
 }
 
 // Words: float32, or pairs of bfloat16.

@@ -1,8 +1,8 @@
-// 3 x 3 convolution with stride 1 as Winograd's F(4 x 4, 3 x 3) or F(2 x 2, 3 x 3).
+// 3 x 3 convolution as Winograd's F(m x m, 3 x 3) with m = 4, 3 or 2.
 //
 //     y = act(A^T [sum_c U (.) (B^T d B)] A + shift [+ residual]),  U = G (w * scale) G^T
 //
-// 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct convolution runs
+// With m = 4 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct convolution runs
 // at the FMA peak already, so this is the way past it. Tiles are cut by the image: 14 x 14 takes
 // 484 products an image and not 576, 7 x 7 takes 121 and not 144 (winograd_transform.h).
 //
@@ -20,6 +20,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -35,12 +36,20 @@ namespace {
 
 // The weights of a line as sums of taps: U_p = g[0] + g[1] p + g[2] p^2, and g[2] at infinity. With
 // stride 2 the even inputs' kernel is g[0] + g[2] p, and the odd ones' g[1].
-using Taps = double[3];
-constexpr Taps kWeights4[6] = {{1, 0, 0},      {1, 0.75, 0.5625}, {1, -0.75, 0.5625},
-                               {1, 1.5, 2.25}, {1, -1.5, 2.25},   {0, 0, 1}};
-constexpr Taps kWeights2[4] = {{1, 0, 0}, {1, 0.75, 0.5625}, {1, -0.75, 0.5625}, {0, 0, 1}};
-constexpr Taps kStridedWeights4[6] = {{1, 0, 0},   {1, 0, 0.75}, {1, 0, -0.75},
-                                      {1, 0, 1.5}, {0, 0, 1},    {0, 1, 0}};
+using Taps = std::array<double, 3>;
+constexpr double kPoints[] = {0, 0.75, -0.75, 1.5, -1.5};
+
+std::vector<Taps> weights_of_line(int64_t largest, int64_t stride) {
+  std::vector<Taps> taps;
+  const int64_t finite = stride == 2 ? largest : largest + 1;
+  for (int64_t i = 0; i < finite; ++i) {
+    const double p = kPoints[i];
+    taps.push_back(stride == 2 ? Taps{1, 0, p} : Taps{1, p, p * p});
+  }
+  taps.push_back({0, 0, 1});
+  if (stride == 2) taps.push_back({0, 1, 0});
+  return taps;
+}
 
 // Words of transformed input that a thread keeps, where it goes through many weights: 5 MiB of L3.
 constexpr int64_t kTransformedWords = 5 << 18;
@@ -62,7 +71,7 @@ namespace {
 // `Number` is float, or bf16 of which two make a word.
 template <class Number>
 void pack(const double* weight, int64_t outputs, int64_t channels, int64_t groups, int64_t largest,
-          const Taps* g, Number* packed) {
+          const std::vector<Taps>& g, Number* packed) {
   constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
   const int64_t along = largest + 2, panels = (outputs + kPanel - 1) / kPanel;
   const int64_t padded = (channels + kPerWord - 1) / kPerWord * kPerWord;
@@ -97,7 +106,7 @@ void pack(const double* weight, int64_t outputs, int64_t channels, int64_t group
 
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
                    int64_t largest, int64_t stride, bool pairs, void* packed) {
-  const Taps* const g = largest == 2 ? kWeights2 : stride == 2 ? kStridedWeights4 : kWeights4;
+  const std::vector<Taps> g = weights_of_line(largest, stride);
   const int64_t outputs = out_channels / groups;
   if (pairs) {
     pack(weight, outputs, channels, groups, largest, g, static_cast<bf16*>(packed));

@@ -12,22 +12,21 @@ namespace resnet_fused {
 // smaller: 7 = 4 + 3, 14 = 4 + 4 + 4 + 2, 5 = 3 + 2. A single pixel is a tile of 2 that hangs over.
 struct WinogradTiles {
   int64_t length;
-  int64_t largest;  // 4 or 2
+  int64_t largest;  // 2, 3 or 4
 
   int64_t count() const { return (length + largest - 1) / largest; }
   int64_t start(int64_t tile) const {
     return splits() && tile == count() - 1 ? length - 2 : tile * largest;
   }
   int64_t size(int64_t tile) const {
-    if (largest == 2) return 2;
-    if (splits() && tile >= count() - 2) return tile == count() - 1 ? 2 : 3;
-    const int64_t left = length - tile * 4;
-    return left >= 4 ? 4 : left < 2 ? 2 : left;
+    if (splits() && tile >= count() - 2) return tile == count() - 1 ? 2 : largest - 1;
+    const int64_t left = length - tile * largest;
+    return left >= largest ? largest : left < 2 ? 2 : left;
   }
 
  private:
   // 4a + 1 = 4(a - 1) + 3 + 2: as many points as with a tile of one output, none of it special.
-  bool splits() const { return largest == 4 && length % 4 == 1 && length > 1; }
+  bool splits() const { return largest > 2 && length % largest == 1 && length > 1; }
 };
 
 constexpr int64_t kWinogradMostEntries = 81;  // numbers of one channel that a tile becomes

@@ -3,14 +3,14 @@
 
 #include "winograd_transform.h"
 
-// Which of the convolution's weights the numbers of a line meet: with stride 1 the tile's points,
-// with stride 2 those of the even inputs, then the odd inputs' weight `outputs` times.
-constexpr int8_t kWeightsOf[3][6] = {{0, 1, 2, 5, 0, 0}, {0, 1, 2, 3, 5, 0}, {0, 1, 2, 3, 4, 5}};
-constexpr int8_t kEvenWeightsOf[3][5] = {{0, 1, 4, 0, 0}, {0, 1, 2, 4, 0}, {0, 1, 2, 3, 4}};
-
+// Which of the convolution's weights the numbers of a line meet: the first finite points and
+// infinity, which a largest tile has as its last one. With stride 2 these are the even inputs'; the
+// odd inputs' weight follows, `outputs` times.
 DEVICE_INLINE int64_t weight_of(const WinogradTask& task, int64_t outputs, int64_t i) {
-  if (task.stride() == 2) return i > outputs ? task.largest + 1 : kEvenWeightsOf[outputs - 2][i];
-  return task.largest == 2 ? i : kWeightsOf[outputs - 2][i];
+  const bool strided = task.stride() == 2;
+  const int64_t finite = strided ? outputs : outputs + 1;
+  const int64_t infinity = strided ? task.largest : task.largest + 1;
+  return i < finite ? i : i == finite ? infinity : task.largest + 1;
 }
 
 // Inputs of a line of a tile, and numbers they become.
