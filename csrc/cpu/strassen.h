@@ -11,6 +11,7 @@
 namespace resnet_fused {
 
 constexpr int64_t kProducts = 7;
+constexpr int64_t kFarWeights = int64_t(2) << 20;  // packed floats that a small L3 does not keep
 
 struct StrassenTask {
   ConvArguments conv;

@@ -80,6 +80,20 @@ struct Factors {
   const float* weights;
   int64_t half, row;
   const float* next;  // input that is needed later, or null
+  bool from_memory;   // the weights come from there, not from L3
+};
+
+// The lines of ExpectedLines, and the second line of each row of the next product's weights: from
+// memory the processor does not bring it in time by itself.
+struct StrassenLines : ExpectedLines<kPanel * sizeof(float)> {
+  const float* weights;
+  int64_t weight_step;
+
+  DEVICE_INLINE void prefetch() {
+    ExpectedLines::prefetch();
+    __builtin_prefetch(weights, 0, 2);
+    weights += weight_step;
+  }
 };
 
 // What comes in during a product: the lines of a quadrant, or a part of the next input.
@@ -106,9 +120,10 @@ DEVICE_INLINE void add_product(int64_t i, const Factors& f, int column,
                                Vector (&sums)[kRows][2]) {
   const float* a = f.blocks + i * kRows * f.row;
   const float* b = f.weights + i * f.half * kPanel;
-  ReadAhead ahead{b + f.half * kPanel, kPanel};
-  gemm_add<Floats, kRows>(sums, {a, a + kHalf * f.row, f.row, 16}, b + column, f.half, ahead,
-                          lines);
+  const float* const after = b + f.half * kPanel;
+  ReadAhead ahead{after, kPanel};
+  StrassenLines all{lines, f.from_memory ? after + 16 : b, f.from_memory ? kPanel : 0};
+  gemm_add<Floats, kRows>(sums, {a, a + kHalf * f.row, f.row, 16}, b + column, f.half, ahead, all);
 }
 
 // Whether all is finite: an infinity anywhere would spoil both tiles and both halves.
@@ -197,6 +212,7 @@ inline void strassen(const StrassenTask& task, int64_t first, int64_t count, int
   };
   for (int64_t i = 0; i < pairs; ++i) make_blocks(task, pair_at(i));
   const bool dense = task.conv.shape.stride[0] == 1 && task.conv.shape.stride[1] == 1;
+  const bool from_memory = task.columns() * kProducts * task.half() > kFarWeights;
   float memory[4][kGemmRows][kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
     for (int64_t i = 0; i < pairs; ++i) {
@@ -217,7 +233,10 @@ inline void strassen(const StrassenTask& task, int64_t first, int64_t count, int
       const float* const after = dense ? input_pixel(task, pair.first + count) : nullptr;
       const Factors factors{pair.blocks,
                             task.conv.packed + panel * kProducts * task.half() * kPanel,
-                            task.half(), task.row(), panel == begin ? after : nullptr};
+                            task.half(),
+                            task.row(),
+                            panel == begin ? after : nullptr,
+                            from_memory};
       if (!StrassenPairs::kByRows[pair.rows - 1](factors, c, out_channels)) {
         for (int q = 0; q < 4; ++q) {
           const int64_t channel = panel * kPanel + q % 2 * task.columns();

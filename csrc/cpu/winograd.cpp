@@ -2,9 +2,10 @@
 //
 //     y = act(A^T [sum_c U (.) (B^T d B)] A + shift [+ residual]),  U = G (w * scale) G^T
 //
-// With m = 4 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct convolution runs
-// at the FMA peak already, so this is the way past it. Tiles are cut by the image: 14 x 14 takes
-// 484 products an image and not 576, 7 x 7 takes 121 and not 144 (winograd_transform.h).
+// With m = 4 36 multiplications make 16 outputs, 2.25 each instead of 9 (F(2 x 2): 4). Direct
+// convolution runs at the FMA peak already, so this is the way past it. Tiles are cut by the image:
+// 14 x 14 takes 484 products an image and not 576, 7 x 7 takes 121 and not 144
+// (winograd_transform.h).
 //
 // Per block of tiles: their inputs are transformed to [point][channel / 16][tile][16]; then for
 // each panel of 32 output channels 36 small matrix products run over weights that lie in the order
