@@ -9,6 +9,7 @@ as in autograd.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -52,5 +53,11 @@ class Kept(Generic[T]):
 def _state(tensors: Sequence[Tensor | None]) -> object:
     try:
         return [None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors]
-    except RuntimeError:
-        return object()  # an inference tensor has no version: nothing made from it is kept
+    except RuntimeError:  # an inference tensor has no version: nothing made from it is kept
+        warnings.warn(
+            "resnet_fused packs the weights of this model again at every call, which is slow: the "
+            "model was made or copied under torch.inference_mode(), so changes of its weights "
+            "cannot be seen. Make, copy and fuse it outside; running it inside is fine",
+            stacklevel=2,
+        )
+        return object()

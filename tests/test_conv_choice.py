@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_what_is_chosen_for_layers_of_resnets(
 ) -> None:
     assert choose(shape, "default") == default
     assert choose(shape, "strict") == strict
+
+
+def test_bfloat16_with_stride_2_is_multiplied_in_tiles_of_3() -> None:
+    for channels, size in ((64, 56), (128, 28), (256, 28), (512, 14)):
+        shape = replace(problem(channels, size, 2 * channels, stride=2), bf16=True)
+        assert choose(shape, "default") == "winograd3"
+        assert "winograd3" not in candidates(shape, "strict")
+        assert "winograd3" not in candidates(replace(shape, bf16=False), "default")
+        assert "winograd3" not in candidates(replace(shape, stride=(1, 1)), "default")
 
 
 def test_strict_admits_a_part_of_what_default_admits() -> None:

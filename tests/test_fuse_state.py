@@ -669,10 +669,12 @@ def test_model_made_under_inference_mode() -> None:
     with torch.inference_mode():
         model = network().eval()
         fused, x = fuse(model), picture()
-        first = fused(x)
+        with pytest.warns(UserWarning, match="made or copied under torch.inference_mode"):
+            first = fused(x)
         fused[1].conv1[0].weight.mul_(2.0)
         model[1].conv1[0].weight.mul_(2.0)
-        second = fused(x)
+        with pytest.warns(UserWarning, match="packs the weights of this model again"):
+            second = fused(x)
         assert not torch.equal(first, second)
         reference = double_model(model)(x.double())
         assert_parity(second, model(x), reference, what="inference tensors")
