@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
+from activations import ACTS
 from tolerance import assert_within_policy
 from torch import Tensor
 
@@ -22,15 +22,6 @@ from resnet_fused.backends.native_conv import (
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 ALGORITHMS = ("direct", "winograd2", "winograd3", "winograd4")
 INF, NAN = float("inf"), float("nan")
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ class Case:
         options = (self.stride, self.padding, self.dilation, self.groups)
         y = torch.conv2d(x, weight, None, *options)
         y = (y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
-        return ACTIVATIONS[self.act](y if residual is None else y + residual)
+        return ACTS[self.act](y if residual is None else y + residual)
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
@@ -142,7 +133,7 @@ def random_case(source: random.Random, dtype: torch.dtype) -> Case:
         groups * source.randint(1, 130 // groups),
         kernel, stride, padding, dilation, groups,
         source.random() < 0.5,
-        source.choice(list(ACTIVATIONS)),
+        source.choice(list(ACTS)),
         dtype,
         pairs,
     )  # fmt: skip
@@ -154,7 +145,7 @@ def random_narrow_groups(source: random.Random, dtype: torch.dtype) -> Case:
     return Case(
         "grouped", shape, channels, 3, source.choice([1, 2]), source.randint(1, 2), 1,
         channels // source.choice([1, 2, 4, 8, 16]), source.random() < 0.5,
-        source.choice(list(ACTIVATIONS)), dtype,
+        source.choice(list(ACTS)), dtype,
     )  # fmt: skip
 
 
@@ -165,7 +156,7 @@ def random_strassen(source: random.Random, dtype: torch.dtype) -> Case:
     )  # fmt: skip
     return Case(
         "strassen", shape, 64 * source.randint(1, 3), 1, source.choice([1, 2]), 0, 1, 1,
-        source.random() < 0.5, source.choice(list(ACTIVATIONS)),
+        source.random() < 0.5, source.choice(list(ACTS)),
     )  # fmt: skip
 
 

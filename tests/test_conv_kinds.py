@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_case import ACTIVATIONS, INF, NAN, SIZES, Case, corners
+from activations import ACTS
+from conv_case import INF, NAN, SIZES, Case, corners
 from torch import Tensor
 
 from resnet_fused.backends import native
@@ -66,7 +67,7 @@ def test_strassen_of_many_channels() -> None:
     Case("strassen", (2, 1024, 14, 14), 2048, kernel=1, stride=2, padding=0).check()
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTS)
 def test_narrow_groups_with_every_activation(act: str) -> None:
     Case("grouped", (1, 32, 9, 11), 32, groups=8, act=act).check()
 

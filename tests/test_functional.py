@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTS
 from tolerance import (
     assert_all_parity,
     assert_function_parity,
@@ -30,15 +31,6 @@ from resnet_fused.ops.select import native_unusable
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 _missing = native_unusable(torch.zeros(1))

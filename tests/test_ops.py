@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_functional import ACTS, CONVS, LAYOUTS, bn_arguments, conv_arguments, noise, plain_bn
+from activations import ACTS
+from test_functional import CONVS, LAYOUTS, bn_arguments, conv_arguments, noise, plain_bn
 from tolerance import assert_all_parity, to_double
 from torch import Tensor
 
