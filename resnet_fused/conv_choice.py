@@ -10,11 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NATIVE = ("direct", "winograd2", "winograd3", "winograd4", "grouped", "strassen")
-"""The library's own algorithms; "onednn" is PyTorch's."""
+NATIVE = (
+    "direct", "winograd2", "winograd3", "winograd4", "winograd4_late", "grouped", "strassen",
+)  # fmt: skip
+"""The library's own algorithms; "onednn" is PyTorch's.
+
+"winograd2" to "winograd4" are F(2x2,3x3) to F(4x4,3x3). Those keep their weights transformed,
+16 to 36 numbers for 9; "winograd4_late" transforms them in every call, which pays where there are
+few tiles and fetching weights from memory takes longer than multiplying them.
+"""
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
 _LEAST_CHANNELS = 16  # per group; with fewer the kernels' vectors are mostly empty
+_LEAST_ROUNDED_CHANNELS = 16  # of a group; with fewer rounding Winograd's data to bfloat16 shows
 # Where an error is at most 1.25 times eager's, on one thread and on two: with few channels the
 # transforms of F(2x2) weigh more than its sums; oneDNN adds up long sums in parts, ours in one.
 _STRICT_F2 = range(64, 513)  # channels
@@ -28,6 +36,8 @@ _WEIGHT_COST = 19  # multiply-adds in the time that one weight takes from memory
 _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
 _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
+_LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
+_LATE_TILES = 14  # for which they are transformed once
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
 
@@ -82,8 +92,9 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
         return ()
     found = [] if strict and products > _STRICT_LONGEST_SUM else ["direct"]
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
+        rounds_well = not problem.bf16 or channels >= _LEAST_ROUNDED_CHANNELS
         if problem.stride == (1, 1) and (
-            policy == "default" or (strict and channels in _STRICT_F2)
+            (policy == "default" and rounds_well) or (strict and channels in _STRICT_F2)
         ):
             found.append("winograd2")
         if (
@@ -92,7 +103,9 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
             and channels <= _MOST_F4_CHANNELS
         ):
             found.append("winograd4")
-        if problem.stride == (2, 2) and policy == "default" and problem.bf16:
+            if not problem.bf16:  # pairs of bfloat16 numbers come in time
+                found.append("winograd4_late")
+        if problem.stride == (2, 2) and policy == "default" and problem.bf16 and rounds_well:
             found.append("winograd3")  # with stride 1 it errs twice as much, like F(4x4) with 2
     if policy == "default" and _is_strassen(problem):
         found.append("strassen")
@@ -161,12 +174,17 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
         products = pixels * channels * outputs * 7 / 8 / _EFFICIENCY
         sums = pixels * (20 * channels + 8 * outputs)
         return products + sums + _weight_cost(channels * outputs * 7 / 4) / 2 + _CALL_COST
-    largest, stride = int(algorithm.removeprefix("winograd")), problem.stride[0]
+    late = algorithm == "winograd4_late"
+    largest, stride = 4 if late else int(algorithm.removeprefix("winograd")), problem.stride[0]
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
     products = entries * words * panels * problem.groups / _EFFICIENCY
     each = _PAIR_TRANSFORM_COST if multiplies_bf16(problem, algorithm) else _TRANSFORM_COST
     transforms = entries * (channels + panels) * problem.groups * each
-    weights = (largest + 2) ** 2 * words * panels * problem.groups
+    kernels = words * panels * problem.groups
+    if late:
+        tiles = problem.batch * math.ceil(height / 4) * math.ceil(width / 4)
+        products += math.ceil(tiles / _LATE_TILES) * kernels * _LATE_COST
+    weights = (9 if late else (largest + 2) ** 2) * kernels
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
 

@@ -33,9 +33,10 @@ def problem(
         (problem(), "winograd4", "winograd2"),
         (problem(512, 7, 512), "winograd4", "winograd2"),
         # Four tiles cannot pay for reading four times the weights from memory.
-        (problem(512, 7, 512, batch=1), "winograd2", "winograd2"),
+        (problem(512, 7, 512, batch=1), "winograd4_late", "winograd2"),
+        (problem(256, 14, 256, batch=1), "winograd4", "winograd2"),
         (problem(128, 56, 128, stride=2), "winograd4", "onednn"),
-        (problem(512, 14, 512, stride=2, batch=1), "direct", "onednn"),
+        (problem(512, 14, 512, stride=2, batch=1), "winograd4_late", "onednn"),
         (problem(256, 56, 64, kernel=1), "direct", "onednn"),
         (problem(64, 56, 256, kernel=1), "direct", "direct"),
         (problem(512, 28, 128, kernel=1), "direct", "onednn"),
@@ -66,11 +67,24 @@ def test_bfloat16_with_stride_2_is_multiplied_in_tiles_of_3() -> None:
         assert "winograd3" not in candidates(replace(shape, stride=(1, 1)), "default")
 
 
+def test_bfloat16_weights_are_not_transformed_in_the_call() -> None:
+    shape = replace(problem(512, 7, 512, batch=1), bf16=True)
+    assert "winograd4_late" not in candidates(shape, "default")
+
+
+def test_bfloat16_is_not_rounded_in_transforms_of_few_channels() -> None:
+    for stride in (1, 2):
+        rounded = {"winograd2", "winograd3"}
+        few = replace(problem(15, 28, 64, stride=stride), bf16=True)
+        assert not rounded & set(candidates(few, "default"))
+        assert rounded & set(candidates(replace(few, channels=16), "default"))
+
+
 def test_strict_admits_a_part_of_what_default_admits() -> None:
     for channels, kernel, stride in itertools.product((8, 16, 64), (1, 3, 5), (1, 2, 3)):
         shape = problem(channels, 20, channels, kernel, stride)
         assert set(candidates(shape, "strict")) <= set(candidates(shape, "default")) <= set(NATIVE)
-        assert "winograd4" not in candidates(shape, "strict")
+        assert not {"winograd4", "winograd4_late"} & set(candidates(shape, "strict"))
         assert all(cost(shape, a) > 0 for a in (*candidates(shape, "default"), "onednn"))
 
 

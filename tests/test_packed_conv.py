@@ -188,6 +188,8 @@ def test_workspace_does_not_grow_with_the_batch(algorithm: str) -> None:
         ("winograd3", 2, 3),
         ("winograd4", 1, 3),
         ("winograd4", 2, 3),
+        ("winograd4_late", 1, 3),
+        ("winograd4_late", 2, 3),
         ("direct", 1, 1),
     ],
 )

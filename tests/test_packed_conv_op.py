@@ -164,6 +164,12 @@ def test_hostile_packing(weight: Tensor, stride: int, groups: int, algorithm: st
         torch.ops.resnet_fused._pack_conv(weight, stride, groups, algorithm, True)
 
 
+def test_weights_that_the_call_transforms_are_not_paired() -> None:
+    weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"_pack_conv.*float32"):
+        torch.ops.resnet_fused._pack_conv(weight, 1, 1, "winograd4_late", True)
+
+
 # ---- in a model ----------------------------------------------------------------------------------
 
 
@@ -179,7 +185,10 @@ def test_strict_logits_are_within_a_quarter_of_eagers_error() -> None:
 
 
 def test_packed_weights_are_at_most_four_times_the_originals() -> None:
-    limits = {"direct": 1.0, "winograd2": 16 / 9, "winograd3": 25 / 9, "winograd4": 4.0}
+    limits = {
+        "direct": 1.0, "winograd2": 16 / 9, "winograd3": 25 / 9, "winograd4": 4.0,
+        "winograd4_late": 1.0,
+    }  # fmt: skip
     for algorithm, limit in limits.items():
         weight = torch.randn(64, 96, 3, 3)
         packed = pack(weight, None, 1, 1, algorithm)

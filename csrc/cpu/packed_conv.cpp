@@ -31,26 +31,31 @@ constexpr const char* op = "_packed_convs";
 // Bytes that one pass through a block may touch: half of a small L3.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
 
-enum class Algorithm { winograd4, winograd3, winograd2, direct, grouped, strassen };
+enum class Algorithm { winograd4, winograd4_late, winograd3, winograd2, direct, grouped, strassen };
 
 Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
+  if (name == "winograd4_late") return Algorithm::winograd4_late;
   if (name == "winograd3") return Algorithm::winograd3;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "grouped") return Algorithm::grouped;
   if (name == "strassen") return Algorithm::strassen;
   check(name == "direct", caller,
-        ": algorithm must be winograd2, winograd3, winograd4, direct, grouped or strassen, got '",
+        ": algorithm must be winograd2, winograd3, winograd4, winograd4_late, direct, grouped or "
+        "strassen, got '",
         name, "'");
   return Algorithm::direct;
 }
 
+bool is_late(Algorithm algorithm) {
+  return algorithm == Algorithm::winograd4_late;
+}
 bool is_winograd(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 || algorithm == Algorithm::winograd3 ||
-         algorithm == Algorithm::winograd2;
+  return algorithm == Algorithm::winograd4 || is_late(algorithm) ||
+         algorithm == Algorithm::winograd3 || algorithm == Algorithm::winograd2;
 }
 int64_t largest_tile(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 ? 4 : algorithm == Algorithm::winograd3 ? 3 : 2;
+  return algorithm == Algorithm::winograd2 ? 2 : algorithm == Algorithm::winograd3 ? 3 : 4;
 }
 
 // What an algorithm takes of a weight, beside the kernel's size.
@@ -77,8 +82,8 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
         weight.size(0), " output channels, got ", groups);
   check(fits(weight, groups, algorithm), caller, ": this algorithm takes ", takes(algorithm),
         ", got shape ", shape_text(weight.sizes()), " and groups ", groups);
-  check(!pairs || algorithm == Algorithm::direct || is_winograd(algorithm), caller,
-        ": this algorithm's packed weights are float32");
+  check(!pairs || algorithm == Algorithm::direct || (is_winograd(algorithm) && !is_late(algorithm)),
+        caller, ": this algorithm's packed weights are float32");
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
@@ -94,11 +99,11 @@ int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, 
     return static_cast<int64_t>(strassen_packed_floats(weight.size(0), weight.size(1)));
   }
   const int64_t words = pairs ? (weight.size(1) + 1) / 2 : weight.size(1);
-  const size_t size =
-      is_winograd(algorithm)
-          ? winograd_packed_words(weight.size(0), words, groups, largest_tile(algorithm))
-          : direct_packed_words(weight.size(0), weight.size(1), weight.sizes().data() + 2, groups,
-                                pairs);
+  const size_t size = is_winograd(algorithm)
+                          ? winograd_packed_words(weight.size(0), words, groups,
+                                                  largest_tile(algorithm), is_late(algorithm))
+                          : direct_packed_words(weight.size(0), weight.size(1),
+                                                weight.sizes().data() + 2, groups, pairs);
   return static_cast<int64_t>(size);
 }
 
@@ -118,7 +123,8 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
                              pairs ? ScalarType::BFloat16 : ScalarType::Float);
   void* to = packed.mutable_data_ptr();
   if (is_winograd(algorithm)) {
-    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs, to);
+    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs,
+                  is_late(algorithm), to);
   } else if (algorithm == Algorithm::grouped) {
     grouped_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
   } else if (algorithm == Algorithm::strassen) {
@@ -217,7 +223,7 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
   arguments.shape.batch = images;
   if (is_winograd(step.algorithm)) {
     winograd_run(arguments, step.weight, step.weight_strides, step.scale,
-                 largest_tile(step.algorithm));
+                 largest_tile(step.algorithm), is_late(step.algorithm));
   } else if (step.algorithm == Algorithm::grouped) {
     grouped_run(arguments);
   } else if (step.algorithm == Algorithm::strassen) {

@@ -38,13 +38,12 @@ namespace {
 // The weights of a line as sums of taps: U_p = g[0] + g[1] p + g[2] p^2, and g[2] at infinity. With
 // stride 2 the even inputs' kernel is g[0] + g[2] p, and the odd ones' g[1].
 using Taps = std::array<double, 3>;
-constexpr double kPoints[] = {0, 0.75, -0.75, 1.5, -1.5};
 
 std::vector<Taps> weights_of_line(int64_t largest, int64_t stride) {
   std::vector<Taps> taps;
   const int64_t finite = stride == 2 ? largest : largest + 1;
   for (int64_t i = 0; i < finite; ++i) {
-    const double p = kPoints[i];
+    const double p = kWinogradPoints[i];
     taps.push_back(stride == 2 ? Taps{1, 0, p} : Taps{1, p, p * p});
   }
   taps.push_back({0, 0, 1});
@@ -61,20 +60,20 @@ constexpr int64_t kManyWeights = int64_t(2) << 20;
 }  // namespace
 
 size_t winograd_packed_words(int64_t out_channels, int64_t group_words, int64_t groups,
-                             int64_t largest) {
+                             int64_t largest, bool late) {
   const int64_t panels = (out_channels / groups + kPanel - 1) / kPanel;
-  return static_cast<size_t>(groups * panels * (largest + 2) * (largest + 2) * group_words *
-                             kPanel);
+  const int64_t taps = late ? 9 : (largest + 2) * (largest + 2);
+  return static_cast<size_t>(groups * panels * taps * group_words * kPanel);
 }
 
 namespace {
 
 // `Number` is float, or bf16 of which two make a word.
 template <class Number>
-void pack(const double* weight, int64_t outputs, int64_t channels, int64_t groups, int64_t largest,
-          const std::vector<Taps>& g, Number* packed) {
+void pack(const double* weight, int64_t outputs, int64_t channels, int64_t groups,
+          const std::vector<Taps>& g, bool late, Number* packed) {
   constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
-  const int64_t along = largest + 2, panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t along = g.size(), panels = (outputs + kPanel - 1) / kPanel;
   const int64_t padded = (channels + kPerWord - 1) / kPerWord * kPerWord;
   torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -93,7 +92,9 @@ void pack(const double* weight, int64_t outputs, int64_t channels, int64_t group
           for (int64_t p = 0; p < along; ++p) {
             for (int64_t q = 0; q < along; ++q) {
               const double u = half[p][0] * g[q][0] + half[p][1] * g[q][1] + half[p][2] * g[q][2];
-              const int64_t row = (p * along + q) * padded / kPerWord + c / kPerWord;
+              const int64_t point = p * along + q;
+              const int64_t row =
+                  late ? c * along * along + point : (point * padded + c) / kPerWord;
               write_packed(to, (row * kPanel + n) * kPerWord + c % kPerWord, u);
             }
           }
@@ -106,19 +107,20 @@ void pack(const double* weight, int64_t outputs, int64_t channels, int64_t group
 }  // namespace
 
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, int64_t stride, bool pairs, void* packed) {
-  const std::vector<Taps> g = weights_of_line(largest, stride);
+                   int64_t largest, int64_t stride, bool pairs, bool late, void* packed) {
+  const std::vector<Taps> g =
+      late ? std::vector<Taps>{{1, 0, 0}, {0, 1, 0}, {0, 0, 1}} : weights_of_line(largest, stride);
   const int64_t outputs = out_channels / groups;
   if (pairs) {
-    pack(weight, outputs, channels, groups, largest, g, static_cast<bf16*>(packed));
+    pack(weight, outputs, channels, groups, g, late, static_cast<bf16*>(packed));
   } else {
-    pack(weight, outputs, channels, groups, largest, g, static_cast<float*>(packed));
+    pack(weight, outputs, channels, groups, g, late, static_cast<float*>(packed));
   }
 }
 
 void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
-                  const float* scale, int64_t largest) {
-  WinogradTask task{conv, weight, {}, scale, largest, 0};
+                  const float* scale, int64_t largest, bool late) {
+  WinogradTask task{conv, weight, {}, scale, largest, late, 0};
   std::copy(weight_strides, weight_strides + 4, task.weight_strides);
   const ConvShape& shape = conv.shape;
   const int64_t tiles = shape.batch * WinogradTiles{shape.out_height, largest}.count() *

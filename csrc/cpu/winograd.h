@@ -32,6 +32,12 @@ struct WinogradTiles {
 constexpr int64_t kWinogradMostEntries = 81;  // numbers of one channel that a tile becomes
 constexpr int64_t kWinogradMostWeights = 36;  // weights of one channel that they meet
 constexpr int64_t kWinogradLargestBlock = 64;
+constexpr float kWinogradPoints[] = {0, 0.75f, -0.75f, 1.5f, -1.5f};
+
+// Channels whose weights are transformed together where that is done in the call: 297 KB of L2.
+// A weight's floats begin one line further in the cache sets than the last one's.
+constexpr int64_t kLateChannels = 64;
+constexpr int64_t kLateSlice = kLateChannels * kPanel + 16;
 
 struct WinogradTask {
   ConvArguments conv;
@@ -39,6 +45,7 @@ struct WinogradTask {
   int64_t weight_strides[4];
   const float* scale;  // [out_channels], or null
   int64_t largest;     // outputs along one side of a tile
+  bool late;           // the call transforms the weights, a part at a time; m = 4, no pairs
   int64_t block;       // tiles transformed and multiplied together, kWinogradLargestBlock at most
 
   int64_t stride() const { return conv.shape.stride[0]; }
@@ -46,6 +53,7 @@ struct WinogradTask {
   // of which share it.
   int64_t weights_along() const { return largest + 2; }
   int64_t weights() const { return weights_along() * weights_along(); }
+  int64_t packed_weights() const { return late ? 9 : weights(); }  // of one channel
   // Numbers of one channel that a largest tile becomes.
   int64_t entries() const {
     const int64_t along = stride() == 2 ? 2 * largest + 1 : largest + 2;
@@ -64,7 +72,9 @@ struct WinogradTask {
     return (conv.group_words() + 15) / 16 * 16 * most_rows(weight) + 16;
   }
   int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
-  int64_t workspace() const {
+  int64_t workspace() const { return late_weights() + (late ? weights() * kLateSlice : 0); }
+  // Where the weights lie that the call transforms.
+  int64_t late_weights() const {
     int64_t floats = 0;
     for (int64_t w = 0; w < weights(); ++w) floats += input_slice(w) + product_slice(w);
     return floats;
@@ -77,13 +87,14 @@ using WinogradKernel = void (*)(const WinogradTask& task, int64_t first, int64_t
                                 int64_t group, int64_t begin, int64_t end, float* workspace,
                                 const void* zeros);
 
-// Packed weights: [group][panel of 32 outputs][weight][channel or pair][32] words.
+// Packed weights: [group][panel of 32 outputs][weight][channel or pair][32] words, or, to be
+// transformed in the call (m = 4 and float32 only), [group][panel][channel][tap][32].
 size_t winograd_packed_words(int64_t out_channels, int64_t group_words, int64_t groups,
-                             int64_t largest);
+                             int64_t largest, bool late);
 // `weight` is [out_channels][channels][3][3], `channels` those of one group.
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
-                   int64_t largest, int64_t stride, bool pairs, void* packed);
+                   int64_t largest, int64_t stride, bool pairs, bool late, void* packed);
 void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
-                  const float* scale, int64_t largest);
+                  const float* scale, int64_t largest, bool late);
 
 }  // namespace resnet_fused

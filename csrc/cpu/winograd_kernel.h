@@ -3,6 +3,7 @@
 
 #include "gemm_kernel.h"
 #include "winograd_tiles.h"
+#include "winograd_weights.h"
 
 // ---- products ----------------------------------------------------------------------------------
 
@@ -19,17 +20,43 @@ template <class Element>
 using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6>;
 #endif
 
+// One weight's matrix, or so many channels of it, which are added to what is there.
 template <class Element>
 void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
-              float* products) {
+              const ReadAhead& ahead, bool adds, float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     const float* first = transformed + begin * 16;
-    const ReadAhead ahead{part < 2 ? weights + depth * kPanel + part * 16 : weights,
-                          part < 2 ? kPanel : 0};
+    const ReadAhead mine{ahead.next + part * 16, part < 2 ? ahead.step : 0};  // one line of two
     Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights,
-                                             depth, ahead, products + begin * kPanel);
+                                             depth, mine, adds, products + begin * kPanel);
+  }
+}
+
+// Where weights are transformed here, it is done with as many channels as L2 holds at a time, and
+// the next ones' taps come in during the products: of a step's 32 x 9 floats each weight's share.
+template <class Element, int kStride, class Between>
+void multiply_panel(const WinogradTask& task, const WinogradBlock& block, const float* packed,
+                    float* workspace, Between between) {
+  const int64_t depth = task.conv.group_words(), weights = task.weights();
+  const int64_t piece = task.late ? kLateChannels : depth;
+  float* const late = workspace + task.late_weights();
+  for (int64_t first = 0; first < depth; first += piece) {
+    const int64_t length = depth - first < piece ? depth - first : piece;
+    const float* const taps = packed + first * 9 * kPanel;
+    if (task.late) transform_weights<kStride>(taps, length, late);
+    for (int64_t w = 0; w < weights; ++w) {
+      if (first == 0) between(w);
+      if (block.rows[w] == 0) continue;
+      const float* const matrix = task.late ? late + w * kLateSlice : packed + w * depth * kPanel;
+      constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
+      const ReadAhead ahead = task.late
+                                  ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
+                                  : ReadAhead{matrix + depth * kPanel, kPanel};
+      multiply<Element>(workspace + block.inputs[w] + first * block.rows[w], block.rows[w], matrix,
+                        length, ahead, first > 0, workspace + block.products[w]);
+    }
   }
 }
 
@@ -208,20 +235,19 @@ void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int
   cut_block(task, first, count, block);
   transform_inputs<T, Element, kStride>(task, block, group, workspace,
                                         static_cast<const T*>(zeros));
-  const int64_t depth = task.conv.group_words(), weights = task.weights();
+  const int64_t weights = task.weights();
+  const int64_t words = task.packed_weights() * task.conv.group_words() * kPanel;  // of a panel
   for (int64_t panel = begin; panel < end; ++panel) {
-    const float* packed =
-        task.conv.packed + (group * task.panels() + panel) * weights * depth * kPanel;
-    for (int64_t w = 0; w < weights; ++w) {
-      // Meanwhile the lines that the output will be written to come in, a few tiles at a time.
+    // Meanwhile the lines that the output will be written to come in, a few tiles at a time.
+    const auto between = [&](int64_t w) {
       const int64_t expected = block.count * (w + 1) / weights;
       for (int64_t t = block.count * w / weights; t < expected; ++t) {
         expect_tile<T>(task, block.tiles[t], group, panel);
       }
-      if (block.rows[w] == 0) continue;
-      multiply<Element>(workspace + block.inputs[w], block.rows[w], packed + w * depth * kPanel,
-                        depth, workspace + block.products[w]);
-    }
+    };
+    multiply_panel<Element, kStride>(task, block,
+                                     task.conv.packed + (group * task.panels() + panel) * words,
+                                     workspace, between);
     transform_outputs<T, kStride>(task, block, group, panel, workspace);
   }
 }
