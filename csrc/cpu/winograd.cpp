@@ -54,6 +54,11 @@ std::vector<Taps> weights_of_line(int64_t largest, int64_t stride) {
 // Words of transformed input that a thread keeps, where it goes through many weights: 5 MiB of L3.
 constexpr int64_t kTransformedWords = 5 << 18;
 
+// Tiles of a block: as many as the micro-kernel has rows, or twice where a thread has few, since
+// their weights come from memory and every block but the first reads them again.
+constexpr int64_t kBlock = 14;
+constexpr int64_t kFewTiles = 8 * kBlock;
+
 // Floats above which weights come from L3 or memory at every block: F(4 x 4) of 256 x 256 channels.
 constexpr int64_t kManyWeights = int64_t(2) << 20;
 
@@ -131,11 +136,13 @@ void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* 
   // Many channels or few tiles: the threads share out the output channels, so that each reads a
   // part of the weights and not all of them, and transforms every tile itself.
   const int64_t weights = task.panels() * kPanel * channels * task.weights();
-  const bool split = task.panels() >= threads && weights > kManyWeights &&
-                     tiles <= threads * kWinogradLargestBlock;
+  const bool few_for_weights = weights > kManyWeights && tiles <= threads * kWinogradLargestBlock;
+  const bool split = task.panels() >= threads && (few_for_weights || tiles < threads * kBlock);
   const int64_t fits = kTransformedWords / (channels * task.entries());
-  const int64_t most = split ? std::clamp<int64_t>(fits, 14, kWinogradLargestBlock / 2) : 14;
   const int64_t by_thread = split ? tiles : (tiles + threads - 1) / threads;
+  const int64_t most = split ? std::clamp(fits, kBlock, kWinogradLargestBlock / 2)
+                       : by_thread <= kFewTiles ? 2 * kBlock
+                                                : kBlock;
   const int64_t blocks_each = (by_thread + most - 1) / most;
   task.block = (by_thread + blocks_each - 1) / blocks_each;
   const int64_t blocks = (tiles + task.block - 1) / task.block;
