@@ -16,11 +16,8 @@
 #include <vector>
 
 #include "../common/layout.h"
-#include "direct_conv.h"
-#include "grouped_conv.h"
+#include "conv_algorithm.h"
 #include "memory_pool.h"
-#include "strassen.h"
-#include "winograd.h"
 #include "workspace.h"
 
 namespace resnet_fused {
@@ -30,82 +27,6 @@ constexpr const char* op = "_packed_convs";
 
 // Bytes that one pass through a block may touch: half of a small L3.
 constexpr int64_t kChunkBytes = int64_t(16) << 20;
-
-enum class Algorithm { winograd4, winograd4_late, winograd3, winograd2, direct, grouped, strassen };
-
-Algorithm parse_algorithm(const char* caller, const std::string& name) {
-  if (name == "winograd4") return Algorithm::winograd4;
-  if (name == "winograd4_late") return Algorithm::winograd4_late;
-  if (name == "winograd3") return Algorithm::winograd3;
-  if (name == "winograd2") return Algorithm::winograd2;
-  if (name == "grouped") return Algorithm::grouped;
-  if (name == "strassen") return Algorithm::strassen;
-  check(name == "direct", caller,
-        ": algorithm must be winograd2, winograd3, winograd4, winograd4_late, direct, grouped or "
-        "strassen, got '",
-        name, "'");
-  return Algorithm::direct;
-}
-
-bool is_late(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4_late;
-}
-bool is_winograd(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 || is_late(algorithm) ||
-         algorithm == Algorithm::winograd3 || algorithm == Algorithm::winograd2;
-}
-int64_t largest_tile(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd2 ? 2 : algorithm == Algorithm::winograd3 ? 3 : 4;
-}
-
-// What an algorithm takes of a weight, beside the kernel's size.
-const char* takes(Algorithm algorithm) {
-  if (algorithm == Algorithm::grouped) return kGroupedTakes;
-  return algorithm == Algorithm::strassen ? kStrassenTakes : "3 x 3 kernels";
-}
-
-bool fits(const Tensor& weight, int64_t groups, Algorithm algorithm) {
-  const int64_t size = weight.size(2), k = weight.size(0), c = weight.size(1);
-  if (algorithm == Algorithm::direct) return true;
-  if (size != weight.size(3) || size != (algorithm == Algorithm::strassen ? 1 : 3)) return false;
-  if (algorithm == Algorithm::grouped) return grouped_takes(k, c, groups);
-  return algorithm != Algorithm::strassen || strassen_takes(k, c, groups);
-}
-
-void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algorithm algorithm,
-                  bool pairs) {
-  check(weight.is_cpu() && weight.dim() == 4, caller,
-        ": weight must be a CPU tensor with 4 dimensions, got shape ", shape_text(weight.sizes()));
-  check(weight.numel() > 0, caller, ": weight must not be empty, got shape ",
-        shape_text(weight.sizes()));
-  check(groups > 0 && weight.size(0) % groups == 0, caller, ": groups must divide weight's ",
-        weight.size(0), " output channels, got ", groups);
-  check(fits(weight, groups, algorithm), caller, ": this algorithm takes ", takes(algorithm),
-        ", got shape ", shape_text(weight.sizes()), " and groups ", groups);
-  check(!pairs || algorithm == Algorithm::direct || (is_winograd(algorithm) && !is_late(algorithm)),
-        caller, ": this algorithm's packed weights are float32");
-}
-
-void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
-  const bool any = algorithm == Algorithm::direct || algorithm == Algorithm::strassen;
-  check(any || (y == x && (y == 1 || y == 2)), caller,
-        ": Winograd and grouped take stride 1 or 2, got ", y, " and ", x);
-}
-
-// Words: float32, or pairs of bfloat16.
-int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, bool pairs) {
-  if (algorithm == Algorithm::grouped) return weight.numel();
-  if (algorithm == Algorithm::strassen) {
-    return static_cast<int64_t>(strassen_packed_floats(weight.size(0), weight.size(1)));
-  }
-  const int64_t words = pairs ? (weight.size(1) + 1) / 2 : weight.size(1);
-  const size_t size = is_winograd(algorithm)
-                          ? winograd_packed_words(weight.size(0), words, groups,
-                                                  largest_tile(algorithm), is_late(algorithm))
-                          : direct_packed_words(weight.size(0), weight.size(1),
-                                                weight.sizes().data() + 2, groups, pairs);
-  return static_cast<int64_t>(size);
-}
 
 Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
                  const std::string& algorithm_name, bool pairs) {
@@ -117,21 +38,10 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
         ": weight must be float64, so that folding rounds once, got ",
         dtype_name(weight.scalar_type()));
   const Tensor w = dense(weight, MemoryFormat::Contiguous);
-  const double* data = static_cast<const double*>(w.const_data_ptr());
   const int64_t size = packed_words(weight, groups, algorithm, pairs) * (pairs ? 2 : 1);
   Tensor packed = pool_empty({&size, 1}, MemoryFormat::Contiguous,
                              pairs ? ScalarType::BFloat16 : ScalarType::Float);
-  void* to = packed.mutable_data_ptr();
-  if (is_winograd(algorithm)) {
-    winograd_pack(data, w.size(0), w.size(1), groups, largest_tile(algorithm), stride, pairs,
-                  is_late(algorithm), to);
-  } else if (algorithm == Algorithm::grouped) {
-    grouped_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
-  } else if (algorithm == Algorithm::strassen) {
-    strassen_pack(data, w.size(0), w.size(1), static_cast<float*>(to));
-  } else {
-    direct_pack(data, w.size(0), w.size(1), w.sizes().data() + 2, groups, pairs, to);
-  }
+  algorithm_pack(algorithm, w, stride, groups, pairs, packed.mutable_data_ptr());
   return packed;
 }
 
@@ -221,16 +131,8 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
   ConvArguments arguments{step.shape, input,    step.packed,         step.shift, residual,
                           output,     step.act, step.negative_slope, is_bf16,    step.pairs};
   arguments.shape.batch = images;
-  if (is_winograd(step.algorithm)) {
-    winograd_run(arguments, step.weight, step.weight_strides, step.scale,
-                 largest_tile(step.algorithm), is_late(step.algorithm));
-  } else if (step.algorithm == Algorithm::grouped) {
-    grouped_run(arguments);
-  } else if (step.algorithm == Algorithm::strassen) {
-    strassen_run(arguments, step.weight, step.weight_strides, step.scale);
-  } else {
-    direct_run(arguments, input_strides);
-  }
+  algorithm_run(step.algorithm, arguments, input_strides,
+                {step.weight, step.weight_strides, step.scale});
 }
 
 // One convolution's share of the operator's arguments.
@@ -257,13 +159,7 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
   check(weight.scalar_type() == block.dtype, op, ": weight must have the dtype of input, ",
         dtype_name(block.dtype), ", got ", dtype_name(weight.scalar_type()));
   const ConvShape shape = conv_shape(block.values[n.input], weight, n);
-  check_stride(op, n.stride[0], n.stride[1], algorithm);
-  const bool dilated = n.dilation[0] != 1 || n.dilation[1] != 1;
-  check(algorithm == Algorithm::direct || algorithm == Algorithm::strassen || !dilated, op,
-        ": Winograd and grouped take dilation 1");
-  const bool padded = n.padding[0] > 0 || n.padding[1] > 0;
-  check(algorithm != Algorithm::strassen || (!padded && !block.is_bf16()), op,
-        ": strassen takes float32 without padding");
+  check_geometry(op, shape, algorithm, block.is_bf16());
   const int64_t size = packed_words(weight, n.groups, algorithm, pairs) * (pairs ? 2 : 1);
   check(packed.is_cpu() && (pairs ? block.is_bf16() : packed.scalar_type() == ScalarType::Float) &&
             packed.dim() == 1 && packed.size(0) == size,
