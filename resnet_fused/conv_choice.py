@@ -7,8 +7,10 @@ matters, and those follow from counting.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 NATIVE = (
     "direct", "winograd2", "winograd3", "winograd4", "winograd4_late", "grouped", "strassen",
@@ -198,6 +200,56 @@ def choose(problem: ConvProblem, policy: str, measured: str | None = None) -> st
     admitted = (*candidates(problem, policy), "onednn")
     if measured in admitted:
         return measured
+    return min(admitted, key=lambda a: cost(problem, a))
+
+
+LIBRARY = "library"
+
+
+class TrainingAlgorithms(NamedTuple):
+    """What computes a convolution in training and its gradients; :data:`LIBRARY` is PyTorch."""
+
+    output: str
+    input: str
+    weight: str
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
+    """The algorithms that are expected to be the fastest for a step's three convolutions.
+
+    The weights are packed in every call, so only what packs quickly takes part; the gradient of
+    the input is a convolution with the kernel turned, for stride 1.
+    """
+    if problem.groups > 1 or problem.channels < _LEAST_CHANNELS:
+        return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+    winograd = (
+        policy == "default"
+        and problem.kernel == (3, 3)
+        and problem.dilation == (1, 1)
+        and problem.stride in ((1, 1), (2, 2))
+    )
+    rows, columns = (
+        d * (k - 1) - p
+        for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True)
+    )
+    turned = replace(
+        problem,
+        channels=problem.out_channels,
+        out_channels=problem.channels,
+        size=problem.out_size,
+        padding=(rows, columns),
+    )
+    turns = problem.stride == (1, 1) and min(rows, columns) >= 0
+    return TrainingAlgorithms(
+        _quick(problem, winograd),
+        _quick(turned, winograd) if turns else LIBRARY,
+        "winograd4" if winograd else "gemm",
+    )
+
+
+def _quick(problem: ConvProblem, winograd: bool) -> str:
+    admitted = ("direct", *(("winograd4", "winograd4_late") if winograd else ()))
     return min(admitted, key=lambda a: cost(problem, a))
 
 

@@ -82,7 +82,7 @@ def conv_bn_act(
         )
     if 0 in weight.shape:
         raise ValueError(f"weight: expected no empty dimension, got {tuple(weight.shape)}")
-    size = conv_output_size(input, weight, stride, padding, dilation)
+    size = conv_output_size(input.shape, weight, stride, padding, dilation)
     if size[2] < 1 or size[3] < 1:
         raise ValueError(
             f"input: expected an image no smaller than the kernel {tuple(weight.shape[2:])} with "

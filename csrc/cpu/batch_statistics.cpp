@@ -45,20 +45,32 @@ void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t cha
 
 }  // namespace
 
-void batch_statistics(const void* input, const Extent& extent, ScalarType dtype, int64_t channels,
-                      double* mean, double* var) {
-  const Chunks chunks(extent);
-  const int64_t partials = chunks.count * extent.channels;
-  std::vector<double> storage(3 * partials);
-  const PartialStatistics partial{input, storage.data(), storage.data() + partials,
-                                  storage.data() + 2 * partials};
-  const auto kernel = RESNET_FUSED_CALL(partial_statistics_kernel, dtype);
+BatchStatistics::BatchStatistics(const void* input, const Extent& extent, ScalarType dtype,
+                                 int64_t channels)
+    : chunks_(extent), dtype_(dtype), channels_(channels) {
+  const int64_t partials = chunks_.count * extent.channels;
+  storage_.resize(3 * partials);
+  partial_ = {input, storage_.data(), storage_.data() + partials, storage_.data() + 2 * partials};
+}
+
+void BatchStatistics::run(int64_t units) {
+  const auto kernel = RESNET_FUSED_CALL(partial_statistics_kernel, dtype_);
   torch::stable::parallel_for(
-      0, chunks.units(), grain(chunks.unit_size()),
-      [&](int64_t begin, int64_t end) { kernel(partial, chunks, begin, end); });
-  torch::stable::parallel_for(0, channels, grain(2 * partials / channels),
+      done_, units, grain(chunks_.unit_size()),
+      [&](int64_t begin, int64_t end) { kernel(partial_, chunks_, begin, end); });
+  done_ = units;
+}
+
+void BatchStatistics::advance(int64_t rows) {
+  if (rows / chunks_.size > done_) run(rows / chunks_.size);
+}
+
+void BatchStatistics::finish(double* mean, double* var) {
+  if (chunks_.units() > done_) run(chunks_.units());
+  const int64_t partials = chunks_.count * chunks_.extent.channels;
+  torch::stable::parallel_for(0, channels_, grain(2 * partials / channels_),
                               [&](int64_t begin, int64_t end) {
-                                combine(partial, chunks, channels, begin, end, mean, var);
+                                combine(partial_, chunks_, channels_, begin, end, mean, var);
                               });
 }
 

@@ -8,6 +8,8 @@
 // the sample variance", 1983.
 #pragma once
 
+#include <vector>
+
 #include "chunks.h"
 #include "../common/check.h"
 
@@ -21,9 +23,25 @@ struct PartialStatistics {
   double* moment;     // sum of (x - shift)^2
 };
 
-// mean and var hold `channels` doubles; the extent's channels may be a multiple of that (see fold
-// in channel_vectors.h).
-void batch_statistics(const void* input, const Extent& extent, ScalarType dtype, int64_t channels,
-                      double* mean, double* var);
+// The statistics of data that comes into being part by part, each part read while it is in cache.
+// The extent's channels may be a multiple of `channels` (see folded in channel_vectors.h).
+class BatchStatistics {
+ public:
+  BatchStatistics(const void* input, const Extent& extent, ScalarType dtype, int64_t channels);
+  // The first `rows` rows of the extent are there (inner == 1 only).
+  void advance(int64_t rows);
+  // The rest; mean and var hold `channels` doubles.
+  void finish(double* mean, double* var);
+
+ private:
+  void run(int64_t units);
+
+  Chunks chunks_;
+  ScalarType dtype_;
+  int64_t channels_;
+  std::vector<double> storage_;
+  PartialStatistics partial_;
+  int64_t done_ = 0;
+};
 
 }  // namespace resnet_fused

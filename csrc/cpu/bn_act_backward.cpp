@@ -12,24 +12,41 @@
 
 namespace resnet_fused {
 
-void bn_act_backward_sums(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,
-                          Activation act, MaskFrom mask, int64_t channels, double* sum_grad,
-                          double* sum_grad_deviation) {
-  const Chunks chunks(extent);
-  const int64_t partials = chunks.count * extent.channels;
-  std::vector<double> storage(2 * partials);
-  double* first = storage.data();
-  double* second = first + partials;
-  const auto kernel = RESNET_FUSED_CALL(backward_sums_kernel, dtype);
-  torch::stable::parallel_for(0, chunks.units(), grain(chunks.unit_size()),
+BackwardSums::BackwardSums(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,
+                           Activation act, MaskFrom mask, int64_t channels)
+    : arguments_(arguments),
+      chunks_(extent),
+      dtype_(dtype),
+      act_(act),
+      mask_(mask),
+      channels_(channels),
+      storage_(static_cast<size_t>(2 * chunks_.count * extent.channels)) {}
+
+void BackwardSums::run(int64_t units) {
+  double* const first = storage_.data();
+  double* const second = first + storage_.size() / 2;
+  const auto kernel = RESNET_FUSED_CALL(backward_sums_kernel, dtype_);
+  torch::stable::parallel_for(done_, units, grain(chunks_.unit_size()),
                               [&](int64_t begin, int64_t end) {
-                                kernel(arguments, act, mask, chunks, first, second, begin, end);
+                                kernel(arguments_, act_, mask_, chunks_, first, second, begin, end);
                               });
-  torch::stable::parallel_for(0, channels, grain(2 * partials / channels),
+  done_ = units;
+}
+
+void BackwardSums::advance(int64_t rows) {
+  if (rows / chunks_.size > done_) run(rows / chunks_.size);
+}
+
+void BackwardSums::finish(double* sum_grad, double* sum_grad_deviation) {
+  if (chunks_.units() > done_) run(chunks_.units());
+  const int64_t partials = static_cast<int64_t>(storage_.size() / 2);
+  const double* const first = storage_.data();
+  const double* const second = first + partials;
+  torch::stable::parallel_for(0, channels_, grain(2 * partials / channels_),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t c = begin; c < end; ++c)
                                   sum_grad[c] = sum_grad_deviation[c] = 0;
-                                for (int64_t row = 0; row < partials; row += channels) {
+                                for (int64_t row = 0; row < partials; row += channels_) {
                                   for (int64_t c = begin; c < end; ++c) {
                                     sum_grad[c] += first[row + c];
                                     sum_grad_deviation[c] += second[row + c];

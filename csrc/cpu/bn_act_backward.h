@@ -10,6 +10,8 @@
 // Eager: threshold_backward 3, batch_norm_backward 5, and a copy's worth for the sum of gradients.
 #pragma once
 
+#include <vector>
+
 #include "../common/activation_name.h"
 #include "chunks.h"
 
@@ -34,10 +36,27 @@ struct BnActBackward {
   double negative_slope;
 };
 
-// sum_grad[c] = sum d, sum_grad_deviation[c] = sum d * (x - mean); writes grad_residual.
-void bn_act_backward_sums(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,
-                          Activation act, MaskFrom mask, int64_t channels, double* sum_grad,
-                          double* sum_grad_deviation);
+// sum_grad[c] = sum d, sum_grad_deviation[c] = sum d * (x - mean); writes grad_residual. Over data
+// that comes into being part by part, as BatchStatistics.
+class BackwardSums {
+ public:
+  BackwardSums(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,
+               Activation act, MaskFrom mask, int64_t channels);
+  void advance(int64_t rows);
+  void finish(double* sum_grad, double* sum_grad_deviation);
+
+ private:
+  void run(int64_t units);
+
+  BnActBackward arguments_;
+  Chunks chunks_;
+  ScalarType dtype_;
+  Activation act_;
+  MaskFrom mask_;
+  int64_t channels_;
+  std::vector<double> storage_;
+  int64_t done_ = 0;
+};
 
 // grad_input = scale * (d - mean_grad - (x - mean) * slope_grad)
 void bn_act_backward_input(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,

@@ -70,4 +70,23 @@ struct Normalization {
   }
 };
 
+// mean(d) and mean(d * xhat) * rstd over `count` values, from the gradients of weight and bias.
+template <class A>
+struct MeanGradients {
+  std::vector<A> grad, slope;
+
+  MeanGradients(const A* grad_weight, const A* grad_bias, const Normalization<A>& n, int64_t count,
+                const Extent& extent)
+      : grad(extent.channels), slope(extent.channels) {
+    const int64_t channels = static_cast<int64_t>(n.rstd.size());
+    for (int64_t c = 0; c < channels; ++c) {
+      grad[c] = static_cast<A>(static_cast<double>(grad_bias[c]) / static_cast<double>(count));
+      slope[c] = static_cast<A>(static_cast<double>(grad_weight[c]) / static_cast<double>(count) *
+                                n.rstd[c]);
+    }
+    repeat(grad, channels);
+    repeat(slope, channels);
+  }
+};
+
 }  // namespace resnet_fused

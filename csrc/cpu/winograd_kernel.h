@@ -45,7 +45,7 @@ void multiply_panel(const WinogradTask& task, const WinogradBlock& block, const 
   for (int64_t first = 0; first < depth; first += piece) {
     const int64_t length = depth - first < piece ? depth - first : piece;
     const float* const taps = packed + first * 9 * kPanel;
-    if (task.late) transform_weights<kStride>(taps, length, late);
+    if (task.late) transform_weights<kStride>(taps, length, kLateSlice, late);
     for (int64_t w = 0; w < weights; ++w) {
       if (first == 0) between(w);
       if (block.rows[w] == 0) continue;

@@ -77,32 +77,29 @@ struct EntryPlace {
   int64_t chunk_stride;
 };
 
-// 16 channels; `chunk` counts them in the transformed data.
-template <class T, class Element, int kHeight, int kWidth, int kStride>
-void transform_input_chunk(const T* const* pixels, int64_t channel, const EntryPlace* entries,
-                           int64_t chunk) {
-  using Column = Line<kHeight, kStride>;
-  using Row = Line<kWidth, kStride>;
+// The two-dimensional transform of 16 channels, a line after the other: Column and Row say what
+// becomes of kIn numbers. `chunk` counts the channels in the transformed data.
+template <class T, class Element, class Column, class Row>
+void transform_chunk(const T* const* pixels, int64_t channel, const EntryPlace* entries,
+                     int64_t chunk) {
   for (int lane = 0; lane < 16; lane += kLanes) {
-    Vector half[Row::kSize][Column::kSize];
+    Vector half[Row::kIn][Column::kOut];
 #pragma GCC unroll 9
-    for (int x = 0; x < Row::kSize; ++x) {
-      Vector d[Column::kSize];
+    for (int x = 0; x < Row::kIn; ++x) {
+      Vector d[Column::kIn];
 #pragma GCC unroll 9
-      for (int y = 0; y < Column::kSize; ++y) {
-        d[y] = load(pixels[y * Row::kSize + x] + channel + lane);
-      }
-      Column::input(d, half[x]);
+      for (int y = 0; y < Column::kIn; ++y) d[y] = load(pixels[y * Row::kIn + x] + channel + lane);
+      Column::apply(d, half[x]);
     }
 #pragma GCC unroll 9
-    for (int y = 0; y < Column::kSize; ++y) {
-      Vector d[Row::kSize], v[Row::kSize];
+    for (int y = 0; y < Column::kOut; ++y) {
+      Vector d[Row::kIn], v[Row::kOut];
 #pragma GCC unroll 9
-      for (int x = 0; x < Row::kSize; ++x) d[x] = half[x][y];
-      Row::input(d, v);
+      for (int x = 0; x < Row::kIn; ++x) d[x] = half[x][y];
+      Row::apply(d, v);
 #pragma GCC unroll 9
-      for (int x = 0; x < Row::kSize; ++x) {
-        const EntryPlace& entry = entries[y * Row::kSize + x];
+      for (int x = 0; x < Row::kOut; ++x) {
+        const EntryPlace& entry = entries[y * Row::kOut + x];
         Element::store_words(entry.data + chunk / Element::kPerWord * entry.chunk_stride +
                                  (chunk % Element::kPerWord * 16 + lane) / Element::kPerWord,
                              v[x]);
@@ -111,12 +108,12 @@ void transform_input_chunk(const T* const* pixels, int64_t channel, const EntryP
   }
 }
 
-template <class T, class Element, int kHeight, int kWidth, int kStride>
-void transform_input(const T* const* pixels, int64_t channels, const EntryPlace* entries) {
-  constexpr int kPixels = Line<kHeight, kStride>::kSize * Line<kWidth, kStride>::kSize;
+template <class T, class Element, class Column, class Row>
+void transform_tile(const T* const* pixels, int64_t channels, const EntryPlace* entries) {
+  constexpr int kPixels = Column::kIn * Row::kIn;
   const int64_t whole = channels / 16;
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
-    transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pixels, chunk * 16, entries, chunk);
+    transform_chunk<T, Element, Column, Row>(pixels, chunk * 16, entries, chunk);
   }
   if (channels % 16 == 0) return;
   T rest[kPixels][16] = {};
@@ -125,8 +122,23 @@ void transform_input(const T* const* pixels, int64_t channels, const EntryPlace*
     pointers[i] = rest[i];
     for (int64_t c = 0; c < channels % 16; ++c) rest[i][c] = pixels[i][whole * 16 + c];
   }
-  transform_input_chunk<T, Element, kHeight, kWidth, kStride>(pointers, 0, entries, whole);
+  transform_chunk<T, Element, Column, Row>(pointers, 0, entries, whole);
 }
+
+// The transforms of tiles of 2 to 4 outputs along each side, as kBySize[height - 2][width - 2].
+template <class T, class Element, template <int, int> class LineOf, int kStride>
+struct TileTransforms {
+  static constexpr decltype(&transform_tile<T, Element, LineOf<2, kStride>, LineOf<2, kStride>>)
+      kBySize[3][3] = {{transform_tile<T, Element, LineOf<2, kStride>, LineOf<2, kStride>>,
+                        transform_tile<T, Element, LineOf<2, kStride>, LineOf<3, kStride>>,
+                        transform_tile<T, Element, LineOf<2, kStride>, LineOf<4, kStride>>},
+                       {transform_tile<T, Element, LineOf<3, kStride>, LineOf<2, kStride>>,
+                        transform_tile<T, Element, LineOf<3, kStride>, LineOf<3, kStride>>,
+                        transform_tile<T, Element, LineOf<3, kStride>, LineOf<4, kStride>>},
+                       {transform_tile<T, Element, LineOf<4, kStride>, LineOf<2, kStride>>,
+                        transform_tile<T, Element, LineOf<4, kStride>, LineOf<3, kStride>>,
+                        transform_tile<T, Element, LineOf<4, kStride>, LineOf<4, kStride>>}};
+};
 
 // Where a tile's pixels lie; outside of the image they are zero.
 template <class T>
@@ -150,13 +162,6 @@ void locate_pixels(const WinogradTask& task, const WinogradTile& tile, int64_t g
 template <class T, class Element, int kStride>
 void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int64_t group,
                       float* workspace, const T* zeros) {
-  static constexpr decltype(&transform_input<T, Element, 2, 2, kStride>) kBySize[3][3] = {
-      {transform_input<T, Element, 2, 2, kStride>, transform_input<T, Element, 2, 3, kStride>,
-       transform_input<T, Element, 2, 4, kStride>},
-      {transform_input<T, Element, 3, 2, kStride>, transform_input<T, Element, 3, 3, kStride>,
-       transform_input<T, Element, 3, 4, kStride>},
-      {transform_input<T, Element, 4, 2, kStride>, transform_input<T, Element, 4, 3, kStride>,
-       transform_input<T, Element, 4, 4, kStride>}};
   for (int64_t t = 0; t < block.count; ++t) {
     const WinogradTile& tile = block.tiles[t];
     const T* pixels[kWinogradMostEntries];
@@ -166,6 +171,7 @@ void transform_inputs(const WinogradTask& task, const WinogradBlock& block, int6
       const int64_t w = tile.weight[n];
       entries[n] = {workspace + block.inputs[w] + tile.row[n] * 16, block.rows[w] * 16};
     }
-    kBySize[tile.height - 2][tile.width - 2](pixels, task.conv.shape.group_channels(), entries);
+    TileTransforms<T, Element, InputLine, kStride>::kBySize[tile.height - 2][tile.width - 2](
+        pixels, task.conv.shape.group_channels(), entries);
   }
 }

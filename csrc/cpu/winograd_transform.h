@@ -183,3 +183,12 @@ struct Line<kOutputs, 2> {
     for (int i = 0; i < kOutputs; ++i) y[i] += m[kEven + i];
   }
 };
+
+// A line of a tile's inputs and what it becomes (transform_chunk in winograd_tiles.h).
+template <int kOutputs, int kStride>
+struct InputLine {
+  static constexpr int kIn = Line<kOutputs, kStride>::kSize, kOut = kIn;
+  DEVICE_INLINE static void apply(const Vector (&d)[kIn], Vector (&v)[kOut]) {
+    Line<kOutputs, kStride>::input(d, v);
+  }
+};

@@ -1,5 +1,6 @@
-// Weights of F(4 x 4, 3 x 3) transformed in the call: U = G w G^T, in float32. Of many channels
-// memory delivers the nine taps sooner than the 36 weights, and the difference pays for this.
+// Weights of F(4 x 4, 3 x 3) transformed in the call: U = G w G^T, in float32. In inference memory
+// delivers the nine taps of many channels sooner than the 36 weights, and the difference pays for
+// this; in training the weights are new at every call.
 // Included inside the namespace of one instruction set (for_each_isa.h), after vectors.h.
 
 // What the three taps of a line become (winograd_transform.h): a polynomial's even and odd part
@@ -21,9 +22,9 @@ DEVICE_INLINE void transform_taps(const Vector (&g)[3], Vector (&u)[6]) {
   if (kStride == 2) u[5] = g[1];
 }
 
-// [channel][tap][32] to [weight][channel][32], each weight's kLateSlice floats apart.
+// [channel][tap][32] to [weight][channel][32], each weight `slice` floats after the last.
 template <int kStride>
-void transform_weights(const float* taps, int64_t channels, float* weights) {
+void transform_weights(const float* taps, int64_t channels, int64_t slice, float* weights) {
   for (int64_t c = 0; c < channels; ++c) {
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const float* const from = taps + c * 9 * kPanel + lane;
@@ -41,7 +42,7 @@ void transform_weights(const float* taps, int64_t channels, float* weights) {
         Vector u[6];
         transform_taps<kStride>(g, u);
 #pragma GCC unroll 6
-        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * kLateSlice, u[x]);
+        for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * slice, u[x]);
       }
     }
   }

@@ -3,15 +3,22 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 namespace resnet_fused {
 
 class Workspace {
  public:
+  Workspace() = default;
   explicit Workspace(size_t floats);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
+  Workspace& operator=(Workspace&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
 
   float* data() const { return data_; }  // page aligned; null if empty
 

@@ -263,7 +263,7 @@ def conv_bn_act(
         None if residual is None else channels_last(residual),
         act,
         negative_slope,
-        output_shape=conv_output_size(input, weight, stride, padding, dilation),
+        output_shape=conv_output_size(input.shape, weight, stride, padding, dilation),
         carry_bounds=False,
     )
 

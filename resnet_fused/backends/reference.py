@@ -97,9 +97,25 @@ def bn_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = act((input − mean) / √(var + eps) · weight + bias [+ residual]), and mean, var."""
     mean, var = batch_statistics(input)
+    y = normalize_act(input, residual, mean, var, weight, bias, eps, act, negative_slope)
+    return y, mean, var
+
+
+def normalize_act(
+    input: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+) -> Tensor:
+    """y = act((input − mean) / √(var + eps) · weight + bias [+ residual])."""
     xhat = normalised(input, mean, (var + eps).rsqrt())
     y = activation(act, negative_slope)(affine_and_add(xhat, weight, bias, residual))
-    return y.to(input.dtype), mean, var
+    return y.to(input.dtype)
 
 
 def normalised(input: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -161,16 +177,61 @@ def bn_act_backward(
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`bn_act` by input, residual (empty without one), weight and bias."""
+    grad_residual, grad_weight, grad_bias = bn_act_backward_sums(
+        grad_output, input, residual, output, mean, var, weight, bias, eps, act, negative_slope,
+        has_residual,
+    )  # fmt: skip
+    count = max(input.numel() // max(input.shape[1], 1), 1)
+    grad, act = (grad_residual, "none") if has_residual else (grad_output, act)
+    grad_input = bn_act_backward_input(
+        grad, input, mean, var, weight, bias, grad_weight, grad_bias, eps, act, negative_slope,
+        count,
+    )  # fmt: skip
+    return grad_input, grad_residual, grad_weight, grad_bias
+
+
+def bn_act_backward_sums(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`bn_act` by residual (empty without one), weight and bias."""
     dims = [d for d in range(input.dim()) if d != 1]
-    rstd = (var + eps).rsqrt()
-    xhat = normalised(input, mean, rstd)
+    xhat = normalised(input, mean, (var + eps).rsqrt())
     argument = affine_and_add(xhat, weight, bias, residual)
     grad = activation_backward(grad_output.to(xhat.dtype), argument, output, act, negative_slope)
-    grad_bias = grad.sum(dims)
-    grad_weight = (grad * xhat).sum(dims)
-    count = max(input.numel() // max(input.shape[1], 1), 1)
+    grad_residual = torch.empty_like(input).copy_(grad) if has_residual else input.new_empty(0)
+    return grad_residual, (grad * xhat).sum(dims), grad.sum(dims)
+
+
+def bn_act_backward_input(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    count: int,
+) -> Tensor:
+    """The gradient of :func:`bn_act` by its input, from those of weight and bias."""
+    rstd = (var + eps).rsqrt()
+    xhat = normalised(input, mean, rstd)
+    argument = affine_and_add(xhat, weight, bias, None)
+    grad = activation_backward(grad_output.to(xhat.dtype), argument, None, act, negative_slope)
     mean_grad, mean_product = (per_channel(g / count, input) for g in (grad_bias, grad_weight))
     scale = rstd if weight is None else rstd * weight
-    grad_input = (grad - mean_grad - xhat * mean_product) * per_channel(scale, input)
-    grad_residual = torch.empty_like(input).copy_(grad) if has_residual else input.new_empty(0)
-    return grad_input.to(input.dtype), grad_residual, grad_weight, grad_bias
+    return ((grad - mean_grad - xhat * mean_product) * per_channel(scale, input)).to(input.dtype)

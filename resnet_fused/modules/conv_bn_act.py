@@ -129,7 +129,7 @@ def _sound(
             return False
     padding = conv_padding(conv)
     assert padding is not None
-    size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
+    size = conv_output_size(input.shape, weight, conv.stride, padding, conv.dilation)
     return min(size) > 0 and (residual is None or tuple(residual.shape) == size)
 
 

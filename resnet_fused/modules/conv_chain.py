@@ -19,6 +19,7 @@ from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import uses_batch_statistics
 from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad
 from resnet_fused.modules.deferred import Deferred
+from resnet_fused.modules.train import Training
 from resnet_fused.ops.schema import is_channels_last
 from resnet_fused.packing import statistics_and_affine
 
@@ -35,6 +36,11 @@ class ConvBlock:
 
     steps: tuple[ConvBNAct, ...]
     wiring: tuple[Wired, ...]
+    low_memory: bool = False
+    training: Training = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "training", Training(self.wiring, self.low_memory))
 
     @property
     def module_count(self) -> int:
@@ -42,6 +48,9 @@ class ConvBlock:
         return 2 * len(self.steps)
 
     def __call__(self, input: Tensor | Deferred, *modules: Any) -> Tensor | Deferred:
+        output = self.training.run(input, modules)
+        if output is not None:
+            return output
         values: list[Any] = [input, None]
         for i, (step, wired) in enumerate(zip(self.steps, self.wiring, strict=True)):
             conv, bn = modules[2 * i : 2 * i + 2]

@@ -21,7 +21,10 @@ PIECEWISE_LINEAR = ("none", "relu", "relu6", "leaky_relu")
 _ops = torch.ops.resnet_fused
 _library = torch.library.Library(NAMESPACE, "IMPL")
 
-for _name in ("conv_bn_act", "scale_shift_act", "bn_act", "bn_act_backward"):
+for _name in (
+    "conv_bn_act", "scale_shift_act", "bn_act", "bn_act_backward",
+    "batch_statistics", "normalize_act", "bn_act_backward_sums", "bn_act_backward_input",
+):  # fmt: skip
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 

@@ -51,6 +51,32 @@ _library.define(
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# The halves of bn_act: what runs between them, a convolution or a collective, needs only the one.
+_library.define(
+    "batch_statistics(Tensor input) -> (Tensor mean, Tensor var)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "normalize_act(Tensor input, Tensor? residual, Tensor mean, Tensor var, Tensor? weight, "
+    "Tensor? bias, float eps, str act, float negative_slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The halves of bn_act_backward. grad_residual is grad_output * act'(.), empty without a residual,
+# and goes into the second half in place of grad_output, with act "none". `count` values a channel
+# are what the statistics and the gradients of weight and bias were taken over.
+_library.define(
+    "bn_act_backward_sums(Tensor grad_output, Tensor input, Tensor? residual, Tensor? output, "
+    "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+    "str act, float negative_slope, bool has_residual) "
+    "-> (Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "bn_act_backward_input(Tensor grad_output, Tensor input, Tensor mean, Tensor var, "
+    "Tensor? weight, Tensor? bias, Tensor grad_weight, Tensor grad_bias, float eps, "
+    "str act, float negative_slope, int count) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,20 +85,19 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def conv_output_size(
-    input: Tensor,
+    input: Sequence[int],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, int, int, int]:
-    """The shape of ``conv2d(input, weight)``."""
+    """The shape of ``conv2d(input, weight)`` for an input of this shape."""
     height, width = (
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1)
-        // stride[i]
+        (input[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
         + 1
         for i in (0, 1)
     )
-    return input.shape[0], weight.shape[0], height, width
+    return input[0], weight.shape[0], height, width
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -95,7 +120,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, act, slope):
     channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
     return input.new_empty(
-        conv_output_size(input, weight, stride, padding, dilation),
+        conv_output_size(input.shape, weight, stride, padding, dilation),
     ).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -114,6 +139,28 @@ def _(input, residual, weight, bias, eps, act, slope):
 def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
     grad_residual = _like(input) if has_residual else input.new_empty(0)
     return _like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_statistics", lib=_library)
+def _(input):
+    mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::normalize_act", lib=_library)
+def _(input, residual, mean, var, weight, bias, eps, act, slope):
+    return _like(input)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward_sums", lib=_library)
+def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
+    grad_residual = _like(input) if has_residual else input.new_empty(0)
+    return grad_residual, torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward_input", lib=_library)
+def _(grad, input, mean, var, weight, bias, grad_weight, grad_bias, eps, act, slope, count):
+    return _like(input)
 
 
 def _like(input: Tensor) -> Tensor:

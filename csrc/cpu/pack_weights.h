@@ -1,0 +1,13 @@
+// A training step's weights, packed in the call that multiplies by them.
+#pragma once
+
+#include "conv_algorithm.h"
+#include "weight_view.h"
+
+namespace resnet_fused {
+
+// Writes what algorithm_pack would (conv_algorithm.h), for direct, winograd4 and winograd4_late,
+// in float32: up to 16 numbers at a time instead of one in float64.
+void pack_weights(Algorithm algorithm, const WeightView& weight, int64_t stride, float* packed);
+
+}  // namespace resnet_fused

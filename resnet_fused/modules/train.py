@@ -1,0 +1,110 @@
+"""Convolutions of a block in training: one autograd function, where everything is as usual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.backends.native_conv import Wired
+from resnet_fused.checks import DTYPES
+from resnet_fused.modules.batch_norm import (
+    affine,
+    update_running_statistics,
+    uses_batch_statistics,
+)
+from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops.autograd import cast_for_autocast
+from resnet_fused.ops.schema import conv_output_size
+from resnet_fused.ops.train_block import TrainBlock, TrainStep
+from resnet_fused.packing import conv_padding
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Equivalent to the block's steps one after the other, where every batch norm trains."""
+
+    wiring: tuple[Wired, ...]
+    low_memory: bool
+
+    def run(self, input: Tensor | Deferred, modules: Sequence[nn.Module | None]) -> Tensor | None:
+        """The block's output; None where its steps have to choose themselves."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        convs, norms = modules[::2], modules[1::2]
+        if any(bn is None or not uses_batch_statistics(bn) for bn in norms):
+            return None
+        data = input.z if isinstance(input, Deferred) else input
+        weights = [t for c in convs for t in (c.weight, c.bias)]  # type: ignore[union-attr]
+        data, *weights = cast_for_autocast(data.device, data, *weights)
+        shapes = self._shapes(data, weights, convs, norms)
+        if shapes is None:
+            return None
+        if isinstance(input, Deferred):
+            (data,) = cast_for_autocast(data.device, input.tensor())
+        parameters: list[Tensor | None] = []
+        for i, bn in enumerate(norms):
+            parameters += [*weights[2 * i : 2 * i + 2], *affine(bn, data)]
+        if not any(t is not None and t.requires_grad for t in (data, *parameters)):
+            return None
+        output, *statistics = self._block(convs, norms)(data, parameters)
+        for i, bn in enumerate(norms):
+            count = shapes[i].numel() // shapes[i][1]
+            update_running_statistics(bn, statistics[2 * i], statistics[2 * i + 1], count)
+        return output
+
+    def _block(self, convs: Sequence[Any], norms: Sequence[nn.BatchNorm2d]) -> TrainBlock:
+        steps = []
+        for conv, bn, wired in zip(convs, norms, self.wiring, strict=True):
+            padding = conv_padding(conv)
+            assert padding is not None
+            steps.append(
+                TrainStep(
+                    wired.input, wired.residual, conv.stride, (padding[0], padding[1]),
+                    conv.dilation, conv.groups, bn.eps, wired.act, wired.negative_slope,
+                )
+            )  # fmt: skip
+        return TrainBlock(tuple(steps), self.low_memory)
+
+    def _shapes(
+        self,
+        data: Tensor,
+        weights: Sequence[Tensor | None],
+        convs: Sequence[Any],
+        norms: Sequence[nn.BatchNorm2d],
+    ) -> list[torch.Size] | None:
+        """The shape of each convolution's output; None if anything does not fit the others."""
+        if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
+            return None
+        for t in (data, *weights):
+            if t is not None and not (
+                t.dtype == data.dtype and t.device == data.device and t.layout == torch.strided
+            ):
+                return None
+        shapes: list[torch.Size] = [data.shape, torch.Size()]
+        for i, (conv, bn, wired) in enumerate(zip(convs, norms, self.wiring, strict=True)):
+            input, weight = shapes[wired.input], weights[2 * i]
+            vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+            assert weight is not None
+            if input[1] != weight.shape[1] * conv.groups or any(
+                v is not None and (v.shape != weight.shape[:1] or v.device != data.device)
+                for v in vectors
+            ):
+                return None
+            size = conv_output_size(
+                input,
+                weight,
+                conv.stride,
+                conv_padding(conv),
+                conv.dilation,
+            )
+            shape = torch.Size(size)
+            if min(size) < 1 or shape.numel() == shape[1]:
+                return None
+            if wired.residual >= 0 and shapes[wired.residual] != shape:
+                return None
+            shapes.append(shape)
+        return shapes[2:]

@@ -1,0 +1,228 @@
+"""A residual block in training as one autograd function.
+
+Eager PyTorch keeps, for each convolution of a block, its output and the activation that follows; an
+activation follows from the output and two vectors in one pass. This function keeps each
+convolution's output, the statistics, and of the activations those alone that a residual was added
+to: of a bottleneck 10 middle-sized tensors instead of 12, of a basic block 3 instead of 4. With
+``low_memory`` the last convolution's output is dropped too and computed again in backward: 6 and 2.
+
+Between convolutions nothing else is written (``train_conv.py``). Paper: Chen et al., *Training Deep
+Nets with Sublinear Memory Cost* (2016); Rota Bulò et al., *In-Place Activated BatchNorm* (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import train_conv
+from resnet_fused.ops.autograd import PIECEWISE_LINEAR
+from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Source, Sums
+
+INPUT, OUTSIDE = 0, 2  # the values of a block, as native_conv.Wired counts them
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One convolution, its batch norm and activation, and which values of the block they read."""
+
+    input: int
+    residual: int  # -1 for none
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    eps: float
+    act: str
+    negative_slope: float
+
+    @property
+    def mask_from_output(self) -> bool:
+        """Whether backward reads the activation's derivative off its output."""
+        return self.residual >= 0 and self.act in PIECEWISE_LINEAR and self.act != "none"
+
+    @property
+    def mask_from_residual(self) -> bool:
+        """Whether backward needs the residual for it."""
+        return self.residual >= 0 and self.act not in PIECEWISE_LINEAR
+
+
+@dataclass(frozen=True)
+class TrainBlock:
+    """Convolutions whose values nobody else reads; the last one's is the block's output."""
+
+    steps: tuple[TrainStep, ...]
+    low_memory: bool = False
+
+    def __call__(self, input: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The output, and mean and biased variance of each convolution's output.
+
+        Args:
+            parameters: of each step the convolution's weight and bias and the batch norm's.
+        """
+        return _BlockFunction.apply(self, input, *parameters)
+
+    @property
+    def materialised(self) -> frozenset[int]:
+        """Values that exist as tensors: sums, what is added to others, and the output."""
+        added = {step.residual for step in self.steps}
+        sums = {OUTSIDE + i for i, step in enumerate(self.steps) if step.residual >= 0}
+        return frozenset(added | sums | {OUTSIDE + len(self.steps) - 1}) - {-1}
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """Values that backward reads as tensors."""
+        steps = self.steps
+        sums = {OUTSIDE + i for i, step in enumerate(steps) if step.residual >= 0}
+        read = {step.input for step in steps} & ({INPUT} | sums)
+        masks = {OUTSIDE + i for i, step in enumerate(steps) if step.mask_from_output}
+        return frozenset(read | masks | {s.residual for s in steps if s.mask_from_residual})
+
+
+class _Values:
+    """The values of a block as its convolutions read them, in forward and again in backward."""
+
+    def __init__(
+        self, block: TrainBlock, tensors: dict[int, Tensor], parameters: Sequence[Tensor | None]
+    ) -> None:
+        self.block = block
+        self.tensors = tensors
+        self.normalised: dict[int, Normalised] = {}
+        self.parameters = parameters
+
+    def conv(self, i: int) -> Conv:
+        step = self.block.steps[i]
+        weight, bias = self.parameters[4 * i : 4 * i + 2]
+        assert weight is not None
+        return Conv(weight, bias, step.stride, step.padding, step.dilation, step.groups)
+
+    def normalise(self, i: int, z: Tensor, mean: Tensor, var: Tensor) -> Normalised:
+        step = self.block.steps[i]
+        weight, bias = self.parameters[4 * i + 2 : 4 * i + 4]
+        value = Normalised(z, mean, var, weight, bias, step.eps, step.act, step.negative_slope)
+        self.normalised[OUTSIDE + i] = value
+        return value
+
+    def source(self, value: int) -> Source:
+        """What a convolution reads: better not computed yet, if it need not be kept."""
+        adds = value >= OUTSIDE and self.block.steps[value - OUTSIDE].residual >= 0
+        return self.tensors[value] if value == INPUT or adds else self.normalised[value]
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, block: TrainBlock, input: Tensor, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        values = _Values(block, {INPUT: input}, parameters)
+        outputs, statistics = [], []
+        materialised = block.materialised
+        for i, step in enumerate(block.steps):
+            z, mean, var = train_conv.forward(values.source(step.input), values.conv(i))
+            normalised = values.normalise(i, z, mean, var)
+            if OUTSIDE + i in materialised:
+                residual = None if step.residual < 0 else values.tensors[step.residual]
+                values.tensors[OUTSIDE + i] = normalised.tensor(residual)
+            outputs.append(z)
+            statistics += [mean, var]
+        if block.low_memory:
+            outputs.pop()
+        result = values.tensors[OUTSIDE + len(block.steps) - 1]
+        ctx.block, ctx.kept = block, sorted(block.kept)
+        ctx.counts = len(outputs), len(statistics)
+        ctx.save_for_backward(
+            *outputs, *statistics, *(values.tensors[v] for v in ctx.kept), *parameters
+        )
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return result, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        if grad is None:
+            return (None,) * (1 + len(needs))
+        with torch.no_grad():
+            grads = _backward(ctx, grad, needs)
+        if torch.is_grad_enabled():
+            grads = _NoSecondDerivative.apply(grad, *grads)
+        return None, *grads
+
+
+def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    block: TrainBlock = ctx.block
+    saved = ctx.saved_tensors  # read once: checkpointing gives them once
+    last = len(block.steps) - 1
+    outputs = saved[: ctx.counts[0]]
+    statistics = saved[ctx.counts[0] : sum(ctx.counts)]
+    tensors = dict(zip(ctx.kept, saved[sum(ctx.counts) :], strict=False))
+    values = _Values(block, tensors, saved[sum(ctx.counts) + len(ctx.kept) :])
+    for i, z in enumerate(outputs):
+        values.normalise(i, z, *statistics[2 * i : 2 * i + 2])
+    if len(outputs) == last:
+        z, _, _ = train_conv.forward(values.source(block.steps[last].input), values.conv(last))
+        values.normalise(last, z, *statistics[2 * last :])
+
+    found: list[Tensor | None] = [None] * len(needs)
+    grads = {OUTSIDE + last: grad}
+    sums_of: dict[int, Sums] = {}
+    for i in reversed(range(len(block.steps))):
+        step, value = block.steps[i], OUTSIDE + i
+        normalised = values.normalised.pop(value)
+        grad = grads.pop(value)
+        sums = sums_of.pop(value, None)
+        if step.residual >= 0:
+            residual = tensors[step.residual] if step.mask_from_residual else None
+            output = tensors.pop(value) if step.mask_from_output else None
+            sums = normalised.sums(grad, residual, output, True)
+            assert sums.grad_residual is not None
+            grad, normalised = sums.grad_residual, normalised._replace(act="none")
+            known = grads.get(step.residual)
+            grads[step.residual] = grad if known is None else known + grad
+        elif sums is None:
+            sums = normalised.sums(grad, None, None, False)
+        places = slice(1 + 4 * i, 5 + 4 * i)
+        needs_weight, needs_bias, needs_bn_weight, needs_bn_bias = needs[places]
+        source = values.source(step.input)
+        count = normalised.z.numel() // normalised.z.shape[1]
+        grad_input, grad_weight, sums_before = train_conv.backward(
+            Gradient(grad, normalised, sums, count), source, values.conv(i),
+            residual=grads.pop(step.input, None),
+            needs_input=needs[0] if step.input == INPUT else True, needs_weight=needs_weight,
+        )  # fmt: skip
+        if grad_input is not None:
+            grads[step.input] = grad_input
+        # Complete only if no earlier step reads the value too.
+        if sums_before is not None and all(
+            step.input not in (s.input, s.residual) for s in block.steps[:i]
+        ):
+            sums_of[step.input] = sums_before
+        # A batch norm takes a constant away, so the convolution's bias has no influence.
+        bias = values.parameters[4 * i + 1]
+        found[places] = [
+            grad_weight,
+            torch.zeros_like(bias) if bias is not None and needs_bias else None,
+            sums.grad_weight if needs_bn_weight else None,
+            sums.grad_bias if needs_bn_bias else None,
+        ]
+    found[0] = grads.get(INPUT) if needs[0] else None
+    return tuple(found)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradients of a block as they are, and an error for who differentiates them."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "resnet_fused: a fused residual block in training has no second derivative: unfuse the "
+            "model (resnet_fused.unfuse) to differentiate its gradients"
+        )

@@ -1,0 +1,202 @@
+"""A convolution in training with the batch norms before and behind it, forward and backward.
+
+Nothing here records gradients: ``train_block.py`` calls it. Each part, forward, the input's
+gradient and the weight's, runs in the library's own kernels (``csrc/cpu/train_conv.cpp``: a few
+images at a time, so that neither the activation before nor the gradient behind exists as a whole)
+or in PyTorch's convolution, whichever is expected to be faster.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import conv_choice, policy
+from resnet_fused.backends import native_conv, onednn
+from resnet_fused.conv_choice import LIBRARY, TrainingAlgorithms
+from resnet_fused.ops.schema import is_channels_last
+
+_ops = torch.ops.resnet_fused
+
+_ALL_LIBRARY = TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+
+
+class Conv(NamedTuple):
+    """A convolution's options and parameters."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def geometry(self) -> list[int]:
+        """Stride, padding and dilation as the kernels take them."""
+        return [*self.stride, *self.padding, *self.dilation]
+
+
+class Normalised(NamedTuple):
+    """act(bn(z)) with known statistics, not computed yet."""
+
+    z: Tensor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    act: str
+    negative_slope: float
+
+    def tensor(self, residual: Tensor | None = None) -> Tensor:
+        """act(bn(z) [+ residual])."""
+        return _ops.normalize_act(
+            self.z, residual, self.mean, self.var, self.weight, self.bias,
+            self.eps, self.act, self.negative_slope,
+        )  # fmt: skip
+
+    def vectors(self) -> list[Tensor]:
+        """Mean, variance, weight and bias; an empty tensor for one that is not there."""
+        none = self.mean.new_empty(0)
+        weight, bias = (none if t is None else t for t in (self.weight, self.bias))
+        return [self.mean, self.var, weight, bias]
+
+    def sums(
+        self, grad: Tensor, residual: Tensor | None, output: Tensor | None, adds: bool
+    ) -> Sums:
+        """The gradients of weight and bias from the output's, and the residual's."""
+        grad_residual, grad_weight, grad_bias = _ops.bn_act_backward_sums(
+            grad, self.z, residual, output, self.mean, self.var, self.weight, self.bias,
+            self.eps, self.act, self.negative_slope, adds,
+        )  # fmt: skip
+        return Sums(grad_weight, grad_bias, grad_residual if adds else None)
+
+
+class Sums(NamedTuple):
+    """What the first pass of a batch norm's backward gives."""
+
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_residual: Tensor | None = None
+
+
+class Gradient(NamedTuple):
+    """The gradient of a convolution's output z, from that of act(bn(z)), not computed yet."""
+
+    grad: Tensor
+    behind: Normalised
+    sums: Sums  # over all processes
+    values: int  # of a channel, in them
+
+    def tensor(self) -> Tensor:
+        """The gradient of z."""
+        n = self.behind
+        return _ops.bn_act_backward_input(
+            self.grad, n.z, n.mean, n.var, n.weight, n.bias, self.sums.grad_weight,
+            self.sums.grad_bias, n.eps, n.act, n.negative_slope, self.values,
+        )  # fmt: skip
+
+
+Source = Tensor | Normalised
+
+
+def data_of(source: Source) -> Tensor:
+    """The tensor that exists: the source itself, or what is still to be normalised."""
+    return source.z if isinstance(source, Normalised) else source
+
+
+def tensor_of(source: Source) -> Tensor:
+    """The source, computed."""
+    return source.tensor() if isinstance(source, Normalised) else source
+
+
+def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
+    """What runs the three parts of a convolution in training."""
+    weight = conv.weight
+    if (
+        not x.is_cpu
+        or weight.dtype != x.dtype
+        or native_conv.unusable(x.dtype) is not None
+        or not is_channels_last(x)
+        or onednn.is_small(x.dtype, x.shape, weight, conv.groups)
+    ):
+        return _ALL_LIBRARY
+    problem = conv_choice.ConvProblem(
+        x.shape[0], x.shape[1], (x.shape[2], x.shape[3]), weight.shape[0],
+        (weight.shape[2], weight.shape[3]), conv.stride, conv.padding, conv.dilation, conv.groups,
+        x.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return conv_choice.choose_training(problem, policy.current())
+
+
+def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
+    """z = conv(source), and the mean and biased variance of its channels."""
+    algorithm = choose(data_of(source), conv).output
+    if algorithm == LIBRARY:
+        z = torch.conv2d(tensor_of(source), *conv)
+        return z, *_ops.batch_statistics(z)
+    return _ops._train_conv(
+        data_of(source), *_before(source), conv.weight, conv.bias, conv.geometry, algorithm
+    )
+
+
+def backward(
+    gradient: Gradient | Tensor,
+    source: Source,
+    conv: Conv,
+    *,
+    residual: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    """The gradients of the source (plus `residual`) and of the weight, from that of the output.
+
+    Third comes what :meth:`Normalised.sums` would give for a source that is one and that gradient;
+    None where it was not computed on the way.
+    """
+    chosen = choose(data_of(source), conv)
+    own_input = needs_input and chosen.input != LIBRARY
+    own_weight = needs_weight and chosen.weight != LIBRARY
+    library = (needs_input and not own_input, needs_weight and not own_weight)
+    if isinstance(gradient, Gradient) and any(library):
+        gradient = gradient.tensor()
+    grad_input = grad_weight = sums = None
+    if own_input or own_weight:
+        grad_input, grad_weight, *both = _ops._train_conv_backward(
+            *_behind(gradient), data_of(source), *_before(source), conv.weight, conv.geometry,
+            residual if own_input else None,
+            chosen.input if own_input else "none", chosen.weight if own_weight else "none",
+        )  # fmt: skip
+        if own_input and isinstance(source, Normalised):
+            sums = Sums(*both)
+    if any(library):
+        by_library = torch.ops.aten.convolution_backward(
+            gradient, tensor_of(source), conv.weight, None,
+            conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, [*library, False],
+        )  # fmt: skip
+        if library[0]:
+            grad_input = by_library[0] if residual is None else by_library[0] + residual
+        if library[1]:
+            grad_weight = by_library[1]
+    return (
+        grad_input if needs_input else None,
+        grad_weight if needs_weight else None,
+        sums,
+    )
+
+
+def _before(source: Source) -> tuple[list[Tensor], float, str, float]:
+    if not isinstance(source, Normalised):
+        return [], 0.0, "none", 0.0
+    return source.vectors(), source.eps, source.act, source.negative_slope
+
+
+def _behind(gradient: Gradient | Tensor) -> tuple[object, ...]:
+    if isinstance(gradient, Tensor):
+        return gradient, None, [], 0.0, "none", 0.0, 0
+    n, sums = gradient.behind, gradient.sums
+    vectors = [*n.vectors(), sums.grad_weight, sums.grad_bias]
+    return gradient.grad, n.z, vectors, n.eps, n.act, n.negative_slope, gradient.values
