@@ -39,6 +39,7 @@ _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
 _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
+_GATHER_COST = 50  # of a kernel's nine weights being brought together there
 _LATE_TILES = 14  # for which they are transformed once
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
@@ -250,7 +251,19 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
 
 def _quick(problem: ConvProblem, winograd: bool) -> str:
     admitted = ("direct", *(("winograd4", "winograd4_late") if winograd else ()))
-    return min(admitted, key=lambda a: cost(problem, a))
+    return min(admitted, key=lambda a: cost(problem, a) + _packing_cost(problem, a))
+
+
+def _packing_cost(problem: ConvProblem, algorithm: str) -> float:
+    """What an algorithm costs more in training, where its weights are packed in every call."""
+    kernels = problem.channels * math.ceil(problem.out_channels / _PANEL) * _PANEL
+    if algorithm == "winograd4":
+        return kernels * _LATE_COST + _weight_cost(36 * kernels)
+    if algorithm == "winograd4_late":
+        height, width = problem.out_size
+        tiles = problem.batch * math.ceil(height / 4) * math.ceil(width / 4)
+        return math.ceil(tiles / _LATE_TILES) * kernels * _GATHER_COST
+    return 0.0
 
 
 def _words(problem: ConvProblem) -> int:

@@ -37,6 +37,14 @@ struct ConvArguments {
   int64_t group_words() const { return (shape.group_channels() + per_word() - 1) / per_word(); }
 };
 
+// The weight as the model has it, for outputs that are computed again by the definition.
+struct PlainWeight {
+  const void* data;
+  bool is_bf16;
+  int64_t strides[4];
+  const float* scale;  // [out_channels], or null
+};
+
 // A packed weight: float32, or a number of a pair.
 inline void write_packed(float* words, int64_t word, double value) {
   words[word] = static_cast<float>(value);

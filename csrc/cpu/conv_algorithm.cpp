@@ -113,12 +113,11 @@ void algorithm_pack(Algorithm algorithm, const Tensor& weight, int64_t stride, i
 void algorithm_run(Algorithm algorithm, const ConvArguments& conv, const int64_t* input_strides,
                    const PlainWeight& plain) {
   if (is_winograd(algorithm)) {
-    winograd_run(conv, plain.weight, plain.strides, plain.scale, largest_tile(algorithm),
-                 is_late(algorithm));
+    winograd_run(conv, plain, largest_tile(algorithm), is_late(algorithm));
   } else if (algorithm == Algorithm::grouped) {
     grouped_run(conv);
   } else if (algorithm == Algorithm::strassen) {
-    strassen_run(conv, plain.weight, plain.strides, plain.scale);
+    strassen_run(conv, plain.data, plain.strides, plain.scale);
   } else {
     direct_run(conv, input_strides);
   }

@@ -25,13 +25,6 @@ int64_t packed_words(const Tensor& weight, int64_t groups, Algorithm algorithm, 
 void algorithm_pack(Algorithm algorithm, const Tensor& weight, int64_t stride, int64_t groups,
                     bool pairs, void* packed);
 
-// The weight as the model has it, for outputs that are computed again by the definition.
-struct PlainWeight {
-  const void* weight;
-  const int64_t* strides;
-  const float* scale;
-};
-
 // Only direct convolution reads `input_strides`; the others take channels innermost.
 void algorithm_run(Algorithm algorithm, const ConvArguments& conv, const int64_t* input_strides,
                    const PlainWeight& plain);

@@ -33,8 +33,6 @@ void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, floa
       float* const to = packed + index * w.inputs * numbers * kPanel;
       if (algorithm == Algorithm::winograd4) {
         transform(w, part, stride, w.inputs * kPanel, scratch.data(), to + first * kPanel);
-      } else if (algorithm == Algorithm::winograd4_late) {
-        gather(w, part, {9 * kPanel, kPanel}, to + first * 9 * kPanel);
       } else {
         gather(w, part, {kPanel, w.inputs * kPanel}, to + first * kPanel);
       }

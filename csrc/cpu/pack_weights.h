@@ -6,8 +6,8 @@
 
 namespace resnet_fused {
 
-// Writes what algorithm_pack would (conv_algorithm.h), for direct, winograd4 and winograd4_late,
-// in float32: up to 16 numbers at a time instead of one in float64.
+// Writes what algorithm_pack would (conv_algorithm.h), for direct and winograd4 in float32: 16
+// numbers at a time instead of one in float64.
 void pack_weights(Algorithm algorithm, const WeightView& weight, int64_t stride, float* packed);
 
 }  // namespace resnet_fused

@@ -56,9 +56,7 @@ struct Step {
   float negative_slope;
   const float* packed;
   bool pairs;
-  const void* weight;
-  const int64_t* weight_strides;
-  const float* scale;
+  PlainWeight plain;
   const float* shift;
 };
 
@@ -126,13 +124,20 @@ struct Block {
   }
 };
 
+PlainWeight plain_weight(const Tensor& weight, const float* scale) {
+  PlainWeight plain{
+      weight.const_data_ptr(), weight.scalar_type() == ScalarType::BFloat16, {}, scale};
+  std::copy_n(weight.strides().data(), 4, plain.strides);
+  return plain;
+}
+
 void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
               const int64_t* input_strides, const void* residual, void* output) {
   ConvArguments arguments{step.shape, input,    step.packed,         step.shift, residual,
                           output,     step.act, step.negative_slope, is_bf16,    step.pairs};
   arguments.shape.batch = images;
   algorithm_run(step.algorithm, arguments, input_strides,
-                {step.weight, step.weight_strides, step.scale});
+                step.plain);
 }
 
 // One convolution's share of the operator's arguments.
@@ -174,8 +179,8 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
   block.steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, act),
                          static_cast<float>(negative_slope),
                          static_cast<const float*>(packed.const_data_ptr()), pairs,
-                         weight.const_data_ptr(), weight.strides().data(),
-                         check_channels("scale", tensors.scale, shape.out_channels),
+                         plain_weight(weight,
+                                      check_channels("scale", tensors.scale, shape.out_channels)),
                          check_channels("shift", tensors.shift, shape.out_channels)});
   block.values.push_back(sizes);
 }

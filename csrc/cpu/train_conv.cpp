@@ -173,22 +173,25 @@ class PackedNow {
           op, ": training takes direct, winograd4 or winograd4_late, got ", algorithm);
     check_weight(op, weight, 1, algorithm_, false);
     check_geometry(op, shape, algorithm_, is_bf16);
-    const bool late = algorithm_ == Algorithm::winograd4_late;
-    const size_t words = algorithm_ == Algorithm::direct
-                             ? direct_words(view)
-                             : winograd_packed_words(view.outputs, view.inputs, 1, 4, late);
+    // winograd4_late takes the weights where they are.
+    const size_t words = algorithm_ == Algorithm::direct      ? direct_words(view)
+                         : algorithm_ == Algorithm::winograd4 ? winograd_packed_words(
+                                                                    view.outputs, view.inputs, 1, 4, false)
+                                                              : 0;
     packed_ = Workspace(words + static_cast<size_t>(view.outputs));
-    pack_weights(algorithm_, view, shape.stride[0], packed_.data());
+    if (words > 0) pack_weights(algorithm_, view, shape.stride[0], packed_.data());
+    weights_ = words > 0 ? packed_.data() : nullptr;
     float* const own_shift = packed_.data() + words;
     for (int64_t i = 0; i < view.outputs; ++i) own_shift[i] = shift == nullptr ? 0.0f : shift[i];
     shift_ = own_shift;
-    plain_ = {view.data, strides_, nullptr};
-    strides_[0] = view.output_stride, strides_[1] = view.input_stride;
-    strides_[2] = view.tap_stride[0], strides_[3] = view.tap_stride[1];
+    plain_ = {view.data,
+              false,
+              {view.output_stride, view.input_stride, view.tap_stride[0], view.tap_stride[1]},
+              nullptr};
   }
 
   void run(const void* input, const void* residual, void* output, int64_t images) const {
-    ConvArguments arguments{shape_,           input, packed_.data(), shift_, residual, output,
+    ConvArguments arguments{shape_,           input, weights_, shift_, residual, output,
                             Activation::none, 0.0f,  is_bf16_,       false};
     arguments.shape.batch = images;
     const int64_t c = shape_.channels;
@@ -206,8 +209,8 @@ class PackedNow {
   ConvShape shape_;
   bool is_bf16_;
   Workspace packed_;
+  const float* weights_;
   const float* shift_;
-  int64_t strides_[4];
   PlainWeight plain_;
 };
 

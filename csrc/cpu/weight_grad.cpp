@@ -29,7 +29,7 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t kPreparedFloats = int64_t(10) << 18;  // 10 MiB, a third of L3
+constexpr int64_t kPreparedFloats = int64_t(3) << 18;  // 3 MiB, a tenth of L3
 constexpr int64_t kBlockPixels = 128;                   // of which 32 channels fill half of L1
 constexpr int64_t kMostChunks = 4;                      // of 16 k's in a unit
 constexpr int64_t kLeastJoined = 16;                    // channels; of fewer the taps are joined

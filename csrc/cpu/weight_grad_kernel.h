@@ -121,8 +121,14 @@ constexpr int kGradRows = kLanes == 16 ? 8 : 4;
 
 // sums[kGradRows][32] (+)= a^T b over `rows` rows, in a sum of their own: the error grows with the
 // length of a chain. b's second 16 columns lie `second` floats after the first.
+// `ahead` are rows of 16 that are needed next.
+struct GradAhead {
+  const float* a;
+  const float* b;
+};
+
 inline void add_products(const float* a, const float* b, int64_t second, int64_t rows, bool adds,
-                         float* sums) {
+                         GradAhead ahead, float* sums) {
   for (int column = 0; column < kPanel; column += 2 * kLanes) {
     Vector sum[kGradRows][2] = {};
     const float* b0 = b + column / 16 * second + column % 16;
@@ -138,6 +144,8 @@ inline void add_products(const float* a, const float* b, int64_t second, int64_t
         sum[r][1] += value * v1;
       }
       b0 += 16, b1 += 16, from += 16;
+      __builtin_prefetch(ahead.a), ahead.a += 16;
+      __builtin_prefetch(ahead.b), ahead.b += 16;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kGradRows; ++r) {
@@ -156,11 +164,19 @@ inline void multiply_grads(const WeightGradTask& task, const std::vector<WeightG
     bool adds = unit.adds;
     for (const WeightGradBlock& block : blocks) {
       const GradMatrix& matrix = block.matrices[m];
+      const GradMatrix& next = m + 1 < task.matrices ? (&matrix)[1] : matrix;
       const float* const b = task.workspace + matrix.b + unit.panel * 2 * matrix.b_stride;
+      const float* const next_b = task.workspace + next.b + unit.panel * 2 * next.b_stride;
       for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
         const float* const a = task.workspace + matrix.a + (unit.chunk + chunk) * matrix.a_stride;
+        const float* const next_a = chunk + 1 < unit.chunks
+                                        ? a + matrix.a_stride
+                                        : task.workspace + next.a + unit.chunk * next.a_stride;
         for (int row = 0; row < 16; row += kGradRows) {
-          add_products(a + row, b, is_half ? 0 : matrix.b_stride, matrix.rows, adds,
+          // The first passes bring in what comes next, one line a row.
+          const int64_t pass = (chunk * 16 + row) / kGradRows;
+          const GradAhead ahead{row == 0 ? next_a : a, pass < 2 ? next_b + pass * next.b_stride : b};
+          add_products(a + row, b, is_half ? 0 : matrix.b_stride, matrix.rows, adds, ahead,
                        sums + (chunk * 16 + row) * kPanel);
         }
       }
@@ -171,10 +187,25 @@ inline void multiply_grads(const WeightGradTask& task, const std::vector<WeightG
 
 // ---- the taps' gradients -----------------------------------------------------------------------
 
-// 32 c's of one k and one tap, from column `first` on.
+// Past the caches, where they go to whole lines: a gradient is read again a step later.
+DEVICE_INLINE void stream(float* to, Vector value) {
+#if RESNET_FUSED_VECTOR_BYTES == 64
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    return _mm512_stream_ps(to, bits_as<__m512>(value));
+  }
+#endif
+  store(to, value);
+}
+DEVICE_INLINE void finish_streams() {
+#if RESNET_FUSED_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
+// 32 c's of one k and one tap.
 DEVICE_INLINE void store_taps(const float* values, int64_t count, float* to, int64_t stride) {
   if (stride == 1 && count == kPanel) {
-    for (int lane = 0; lane < kPanel; lane += kLanes) store(to + lane, load(values + lane));
+    for (int lane = 0; lane < kPanel; lane += kLanes) stream(to + lane, load(values + lane));
   } else {
     for (int64_t i = 0; i < count; ++i) to[i * stride] = values[i];
   }
@@ -192,7 +223,7 @@ void store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, cons
   float* const data = const_cast<float*>(to.data);
   for (int64_t row = 0; row < unit.chunks * 16; ++row) {
     const int64_t k = unit.chunk * 16 + row;
-    if (k >= task.shape.out_channels) return;
+    if (k >= task.shape.out_channels) break;
     float taps[9][kPanel];
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const float* const sums = unit.sums + row * kPanel + lane;
@@ -220,6 +251,7 @@ void store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, cons
                  to.input_stride);
     }
   }
+  finish_streams();
 }
 
 inline void store_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
@@ -244,6 +276,7 @@ inline void store_grads(const WeightGradTask& task, const GradUnit& unit, const 
       }
     }
   }
+  finish_streams();
 }
 
 inline GradPrepareKernel grad_prepare_kernel(const WeightGradTask& task) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/check.h"
+#include "conv.h"
 
 namespace resnet_fused {
 
@@ -39,6 +40,20 @@ struct PanelPart {
 struct PanelSteps {
   int64_t channel, tap;
 };
+
+// A float32 weight as `shape`'s convolution has it.
+inline WeightView view_plain(const PlainWeight& plain, const ConvShape& shape) {
+  const int64_t* const stride = plain.strides;
+  return {static_cast<const float*>(plain.data),
+          shape.groups,
+          shape.group_out_channels(),
+          shape.group_channels(),
+          {shape.kernel[0], shape.kernel[1]},
+          shape.group_out_channels() * stride[0],
+          stride[0],
+          stride[1],
+          {stride[2], stride[3]}};
+}
 
 // [K][C / groups][R][S], float32
 inline WeightView view_weight(const Tensor& weight, int64_t groups) {

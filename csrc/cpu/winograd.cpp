@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -123,10 +124,8 @@ void winograd_pack(const double* weight, int64_t out_channels, int64_t channels,
   }
 }
 
-void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
-                  const float* scale, int64_t largest, bool late) {
-  WinogradTask task{conv, weight, {}, scale, largest, late, 0};
-  std::copy(weight_strides, weight_strides + 4, task.weight_strides);
+void winograd_run(const ConvArguments& conv, const PlainWeight& plain, int64_t largest, bool late) {
+  WinogradTask task{conv, plain, largest, late, 0};
   const ConvShape& shape = conv.shape;
   const int64_t tiles = shape.batch * WinogradTiles{shape.out_height, largest}.count() *
                         WinogradTiles{shape.out_width, largest}.count();

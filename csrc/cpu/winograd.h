@@ -5,6 +5,7 @@
 
 #include "conv.h"
 #include "kernel_types.h"
+#include "weight_view.h"
 
 namespace resnet_fused {
 
@@ -41,11 +42,10 @@ constexpr int64_t kLateSlice = kLateChannels * kPanel + 16;
 
 struct WinogradTask {
   ConvArguments conv;
-  const void* weight;  // [out_channels][channels / groups][3][3] like the data, not transformed
-  int64_t weight_strides[4];
-  const float* scale;  // [out_channels], or null
+  PlainWeight plain;   // [out_channels][channels / groups][3][3], not transformed
   int64_t largest;     // outputs along one side of a tile
-  bool late;           // the call transforms the weights, a part at a time; m = 4, no pairs
+  bool late;           // the call transforms the weights, a part at a time; m = 4, no pairs;
+                       // without packed weights it takes the plain ones, which are float then
   int64_t block;       // tiles transformed and multiplied together, kWinogradLargestBlock at most
 
   int64_t stride() const { return conv.shape.stride[0]; }
@@ -72,7 +72,11 @@ struct WinogradTask {
     return (conv.group_words() + 15) / 16 * 16 * most_rows(weight) + 16;
   }
   int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
-  int64_t workspace() const { return late_weights() + (late ? weights() * kLateSlice : 0); }
+  bool gathers() const { return late && conv.packed == nullptr; }
+  int64_t workspace() const {
+    return late_taps() + (gathers() ? kLateChannels * 9 * kPanel : 0);
+  }
+  int64_t late_taps() const { return late_weights() + (late ? weights() * kLateSlice : 0); }
   // Where the weights lie that the call transforms.
   int64_t late_weights() const {
     int64_t floats = 0;
@@ -94,7 +98,6 @@ size_t winograd_packed_words(int64_t out_channels, int64_t group_words, int64_t 
 // `weight` is [out_channels][channels][3][3], `channels` those of one group.
 void winograd_pack(const double* weight, int64_t out_channels, int64_t channels, int64_t groups,
                    int64_t largest, int64_t stride, bool pairs, bool late, void* packed);
-void winograd_run(const ConvArguments& conv, const void* weight, const int64_t* weight_strides,
-                  const float* scale, int64_t largest, bool late);
+void winograd_run(const ConvArguments& conv, const PlainWeight& plain, int64_t largest, bool late);
 
 }  // namespace resnet_fused

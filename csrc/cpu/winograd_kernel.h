@@ -3,6 +3,7 @@
 
 #include "gemm_kernel.h"
 #include "winograd_tiles.h"
+#include "gather_weights.h"
 #include "winograd_weights.h"
 
 // ---- products ----------------------------------------------------------------------------------
@@ -34,26 +35,59 @@ void multiply(const float* transformed, int64_t rows, const float* weights, int6
   }
 }
 
+// The plain weights of one tap and 16 channels, or a quarter of them where channels lie apart: what
+// a product can bring in of those that the next part gathers.
+inline void expect_weights(const WeightView& view, const PanelPart& part, int64_t w) {
+  const int64_t tap = w / 4, quarter = w % 4 * (kLateChannels / 4);
+  const float* const from = view.data + part.group * view.group_stride +
+                            part.panel * kPanel * view.output_stride +
+                            (part.first + quarter) * view.input_stride +
+                            tap / 3 * view.tap_stride[0] + tap % 3 * view.tap_stride[1];
+  if (part.panel * kPanel + kPanel > view.outputs) return;
+  if (view.output_stride == 1) {
+    for (int64_t c = 0; c < kLateChannels / 4; ++c) {
+      __builtin_prefetch(from + c * view.input_stride);
+      __builtin_prefetch(from + c * view.input_stride + 16);
+    }
+  } else {
+    for (int64_t n = 0; n < kPanel; ++n) __builtin_prefetch(from + n * view.output_stride);
+  }
+}
+
 // Where weights are transformed here, it is done with as many channels as L2 holds at a time, and
 // the next ones' taps come in during the products: of a step's 32 x 9 floats each weight's share.
 template <class Element, int kStride, class Between>
-void multiply_panel(const WinogradTask& task, const WinogradBlock& block, const float* packed,
-                    float* workspace, Between between) {
+void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_t group,
+                    int64_t panel, float* workspace, Between between) {
   const int64_t depth = task.conv.group_words(), weights = task.weights();
+  const float* const packed =
+      task.gathers() ? nullptr
+                     : task.conv.packed + (group * task.panels() + panel) *
+                                              task.packed_weights() * depth * kPanel;
+  const WeightView view = view_plain(task.plain, task.conv.shape);
   const int64_t piece = task.late ? kLateChannels : depth;
   float* const late = workspace + task.late_weights();
   for (int64_t first = 0; first < depth; first += piece) {
     const int64_t length = depth - first < piece ? depth - first : piece;
-    const float* const taps = packed + first * 9 * kPanel;
+    const float* taps = packed + first * 9 * kPanel;
+    const bool is_last = first + length >= depth;
+    const PanelPart next{group, is_last ? panel + 1 : panel, is_last ? 0 : first + length, length};
+    if (task.gathers()) {
+      float* const own = workspace + task.late_taps();
+      gather_panel(view, {group, panel, first, length}, {9 * kPanel, kPanel}, own);
+      taps = own;
+    }
     if (task.late) transform_weights<kStride>(taps, length, kLateSlice, late);
     for (int64_t w = 0; w < weights; ++w) {
       if (first == 0) between(w);
       if (block.rows[w] == 0) continue;
+      if (task.gathers()) expect_weights(view, next, w);
       const float* const matrix = task.late ? late + w * kLateSlice : packed + w * depth * kPanel;
       constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
-      const ReadAhead ahead = task.late
-                                  ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
-                                  : ReadAhead{matrix + depth * kPanel, kPanel};
+      const ReadAhead ahead =
+          task.gathers() ? ReadAhead{matrix, 0}
+          : task.late    ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
+                         : ReadAhead{matrix + depth * kPanel, kPanel};
       multiply<Element>(workspace + block.inputs[w] + first * block.rows[w], block.rows[w], matrix,
                         length, ahead, first > 0, workspace + block.products[w]);
     }
@@ -136,7 +170,7 @@ bool transform_output(const float* const* products, const Finish<T>& finish,
 
 // The tile again by the definition, for data that is not finite: an infinity would make every
 // output of its tile NaN, where eager PyTorch has NaN or infinity in nine of them.
-template <class T>
+template <class T, class Weight>
 void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t group,
                    int64_t channel, const Finish<T>& finish, const OutputPlace& place) {
   const ConvShape& shape = task.conv.shape;
@@ -154,15 +188,15 @@ void convolve_tile(const WinogradTask& task, const WinogradTile& tile, int64_t g
             const T* pixel = static_cast<const T*>(task.conv.input) +
                              ((tile.image * shape.height + y) * shape.width + x) * shape.channels +
                              group * channels;
-            const T* weight = static_cast<const T*>(task.weight) +
-                              (channel + n) * task.weight_strides[0] + r * task.weight_strides[2] +
-                              s * task.weight_strides[3];
+            const int64_t* const stride = task.plain.strides;
+            const Weight* weight = static_cast<const Weight*>(task.plain.data) +
+                                   (channel + n) * stride[0] + r * stride[2] + s * stride[3];
             for (int64_t c = 0; c < channels; ++c) {
-              sum += as_float(pixel[c]) * as_float(weight[c * task.weight_strides[1]]);
+              sum += as_float(pixel[c]) * as_float(weight[c * stride[1]]);
             }
           }
         }
-        sums[n] = task.scale == nullptr ? sum : sum * task.scale[channel + n];
+        sums[n] = task.plain.scale == nullptr ? sum : sum * task.plain.scale[channel + n];
       }
       finish_row(finish, place.offset + i * place.row_stride + j * place.pixel_stride, sums);
     }
@@ -223,7 +257,8 @@ void transform_outputs(const WinogradTask& task, const WinogradBlock& block, int
         shape.out_width * shape.out_channels, shape.out_channels,
         below < tile.height ? below : tile.height, beside < tile.width ? beside : tile.width};
     if (!kBySize[tile.height - 2][tile.width - 2](entries, finish, place)) {
-      convolve_tile(task, tile, group, channel, finish, place);
+      const auto again = task.plain.is_bf16 ? convolve_tile<T, bf16> : convolve_tile<T, float>;
+      again(task, tile, group, channel, finish, place);
     }
   }
 }
@@ -236,7 +271,6 @@ void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int
   transform_inputs<T, Element, kStride>(task, block, group, workspace,
                                         static_cast<const T*>(zeros));
   const int64_t weights = task.weights();
-  const int64_t words = task.packed_weights() * task.conv.group_words() * kPanel;  // of a panel
   for (int64_t panel = begin; panel < end; ++panel) {
     // Meanwhile the lines that the output will be written to come in, a few tiles at a time.
     const auto between = [&](int64_t w) {
@@ -245,9 +279,7 @@ void winograd_kernel(const WinogradTask& task, int64_t first, int64_t count, int
         expect_tile<T>(task, block.tiles[t], group, panel);
       }
     };
-    multiply_panel<Element, kStride>(task, block,
-                                     task.conv.packed + (group * task.panels() + panel) * words,
-                                     workspace, between);
+    multiply_panel<Element, kStride>(task, block, group, panel, workspace, between);
     transform_outputs<T, kStride>(task, block, group, panel, workspace);
   }
 }

@@ -30,7 +30,7 @@ class Training:
     wiring: tuple[Wired, ...]
     low_memory: bool
 
-    def run(self, input: Tensor | Deferred, modules: Sequence[nn.Module | None]) -> Tensor | None:
+    def run(self, input: Tensor | Deferred, modules: Sequence[Any]) -> Tensor | None:
         """The block's output; None where its steps have to choose themselves."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
@@ -94,13 +94,9 @@ class Training:
                 for v in vectors
             ):
                 return None
-            size = conv_output_size(
-                input,
-                weight,
-                conv.stride,
-                conv_padding(conv),
-                conv.dilation,
-            )
+            padding = conv_padding(conv)
+            assert padding is not None  # the matcher leaves such convolutions alone
+            size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
             shape = torch.Size(size)
             if min(size) < 1 or shape.numel() == shape[1]:
                 return None
