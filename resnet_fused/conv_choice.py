@@ -7,7 +7,6 @@ matters, and those follow from counting.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -215,15 +214,17 @@ class TrainingAlgorithms(NamedTuple):
     weight: str
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     """The algorithms that are expected to be the fastest for a step's three convolutions.
 
     The weights are packed in every call, so only what packs quickly takes part; the gradient of
     the input is a convolution with the kernel turned, for stride 1.
     """
-    if problem.groups > 1 or problem.channels < _LEAST_CHANNELS:
+    if problem.groups > 1:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+    if problem.channels < _LEAST_CHANNELS:
+        # The gradient of an image is seldom wanted, and not by whom speed matters to.
+        return TrainingAlgorithms("direct", LIBRARY, "gemm")
     winograd = (
         policy == "default"
         and problem.kernel == (3, 3)
@@ -241,12 +242,11 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
         size=problem.out_size,
         padding=(rows, columns),
     )
-    turns = problem.stride == (1, 1) and min(rows, columns) >= 0
-    return TrainingAlgorithms(
-        _quick(problem, winograd),
-        _quick(turned, winograd) if turns else LIBRARY,
-        "winograd4" if winograd else "gemm",
-    )
+    if problem.stride == (1, 1):
+        input = _quick(turned, winograd) if min(rows, columns) >= 0 else LIBRARY
+    else:
+        input = "direct" if problem.dilation == (1, 1) else LIBRARY
+    return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else "gemm")
 
 
 def _quick(problem: ConvProblem, winograd: bool) -> str:

@@ -32,6 +32,9 @@ struct ConvArguments {
   float negative_slope;
   bool is_bf16;  // the data
   bool pairs;    // the packed weights
+  // From image to image, row to row and pixel to pixel of the output, in pixels; zeros: dense. Only
+  // direct convolution takes others.
+  int64_t output_strides[3];
 
   int64_t per_word() const { return pairs ? 2 : 1; }
   int64_t group_words() const { return (shape.group_channels() + per_word() - 1) / per_word(); }

@@ -45,8 +45,8 @@ void flatten(ConvArguments& conv, int64_t* strides) {
   ConvShape& s = conv.shape;
   const bool pointwise = s.kernel[0] == 1 && s.kernel[1] == 1 && s.stride[0] == 1 &&
                          s.stride[1] == 1 && s.padding[0] == 0 && s.padding[1] == 0;
-  if (!pointwise || strides[1] != 1 || strides[2] != s.width * strides[3] ||
-      strides[0] != s.height * strides[2]) {
+  if (!pointwise || conv.output_strides[2] != 0 || strides[1] != 1 ||
+      strides[2] != s.width * strides[3] || strides[0] != s.height * strides[2]) {
     return;
   }
   s.width = s.out_width = s.batch * s.height * s.width;
@@ -73,7 +73,12 @@ DirectTask plan(const ConvArguments& arguments, const int64_t* input_strides, bo
   const ConvShape& s = task.conv.shape;
   const int64_t channels = s.group_channels();
   const bool single_tap = s.kernel[0] == 1 && s.kernel[1] == 1;
-  const bool padded = s.padding[0] > 0 || s.padding[1] > 0;
+  const auto reads_outside = [&](int i, int64_t size, int64_t outputs) {
+    const int64_t last = (outputs - 1) * s.stride[i] + (s.kernel[i] - 1) * s.dilation[i];
+    return s.padding[i] != 0 || last >= size;
+  };
+  const bool padded =
+      reads_outside(0, s.height, s.out_height) || reads_outside(1, s.width, s.out_width);
   // 14 rows that are a multiple of 4 KiB apart share one of an L1's 64 sets of 8 lines.
   const int64_t* strides = task.input_strides;
   const int64_t per_word = arguments.per_word(), words = arguments.group_words();

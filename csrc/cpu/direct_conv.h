@@ -15,7 +15,7 @@ constexpr int64_t kCacheLine = 64;  // bytes
 // Equally spaced pixels of one output row, as many as half a tile of the GEMM kernel.
 struct PixelRun {
   int64_t input;  // offset of its first row of A, in words
-  int64_t pixel;  // its first output pixel
+  int64_t pixel;  // its first output pixel, as the output lies
   int64_t length;
 };
 
@@ -39,6 +39,11 @@ struct DirectTask {
   int64_t longest_chain;          // words added up at once; a longer sum has several parts
   const DirectTask* apart;        // with overlap: the same without, for numbers that are not finite
 
+  int64_t output_stride(int i) const {
+    const int64_t dense[3] = {conv.shape.out_height * conv.shape.out_width, conv.shape.out_width,
+                              1};
+    return conv.output_strides[2] == 0 ? dense[i] : conv.output_strides[i];
+  }
   int64_t panels() const { return (conv.shape.group_out_channels() + kPanel - 1) / kPanel; }
   int64_t panel_size() const { return static_cast<int64_t>(segments.size()) * depth * kPanel; }
   // A 1 x 1 kernel copies only the pixels it reads.

@@ -129,12 +129,12 @@ inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t grou
                                           place.y * row_stride + place.x * pixel_stride(task);
   int64_t count = 0;
   for (int64_t i = 0; i < place.height; ++i) {
-    const int64_t pixel =
-        (place.image * shape.out_height + place.y + i) * shape.out_width + place.x;
+    const int64_t pixel = place.image * task.output_stride(0) +
+                          (place.y + i) * task.output_stride(1) + place.x * task.output_stride(2);
     for (int64_t j = 0; j < place.width; j += kHalf) {
       const int64_t left = place.width - j;
-      runs[count++] = {start + i * row_stride + j * pixel_stride(task), pixel + j,
-                       left < kHalf ? left : kHalf};
+      runs[count++] = {start + i * row_stride + j * pixel_stride(task),
+                       pixel + j * task.output_stride(2), left < kHalf ? left : kHalf};
     }
   }
   return count;
@@ -150,6 +150,7 @@ struct DirectTile {
   ReadAhead ahead;
   Expected next;  // of the next tile
   int64_t out_channels;
+  int64_t out_stride;  // from pixel to pixel, in pixels
 };
 
 // memory += sums, and the sums start again.
@@ -172,7 +173,9 @@ void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
   float memory[kRows][kPanel];
   if (in_parts) clear(memory[0], kRows * kPanel);
   const auto offset = [&](int r) {
-    return (r < kHalf ? tile.first.pixel + r : tile.second.pixel + (r - kHalf)) * tile.out_channels;
+    const int64_t pixel = r < kHalf ? tile.first.pixel + r * tile.out_stride
+                                    : tile.second.pixel + (r - kHalf) * tile.out_stride;
+    return pixel * tile.out_channels;
   };
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
@@ -236,11 +239,11 @@ DEVICE_INLINE ReadAhead read_ahead(const DirectTask& task, const DirectTile& til
 }
 
 template <class T>
-DEVICE_INLINE Expected expect(const Finish<T>& finish, int64_t offset, int64_t out_channels) {
+DEVICE_INLINE Expected expect(const Finish<T>& finish, int64_t offset, int64_t pixel_stride) {
   const T* const residual = finish.residual == nullptr ? finish.output : finish.residual;
   return {reinterpret_cast<const char*>(finish.output + offset),
           reinterpret_cast<const char*>(residual + offset),
-          out_channels * static_cast<int64_t>(sizeof(T)), kGemmRows};
+          pixel_stride * static_cast<int64_t>(sizeof(T)), kGemmRows};
 }
 
 template <class T, class Element>
@@ -264,7 +267,8 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
                   nullptr,
                   {},
                   {},
-                  shape.out_channels};
+                  shape.out_channels,
+                  task.output_stride(2)};
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t channel = group * outputs + panel * kPanel;
     const int64_t left = outputs - panel * kPanel;
@@ -287,10 +291,12 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
       // Then come the next tile, the next panel or the next unit.
       const bool last = panel + 1 == end;
       const int64_t pixel = i < count ? runs[i].pixel
-                            : last    ? runs[count - 1].pixel + runs[count - 1].length
-                                      : runs[0].pixel;
+                            : last
+                                ? runs[count - 1].pixel + runs[count - 1].length * tile.out_stride
+                                : runs[0].pixel;
       const int64_t turn = i < count ? 0 : last ? begin - panel : 1;
-      tile.next = expect(finish, pixel * shape.out_channels + turn * kPanel, shape.out_channels);
+      tile.next = expect(finish, pixel * shape.out_channels + turn * kPanel,
+                         shape.out_channels * tile.out_stride);
       Directs<T, Element>::kByRows[rows - 1](tile, finish);
     }
   }

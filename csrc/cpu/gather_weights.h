@@ -66,4 +66,3 @@ inline void gather_panel(const WeightView& w, const PanelPart& part, const Panel
     gather_lanes(w, part, output, w.outputs - output, steps, to + lane);
   }
 }
-

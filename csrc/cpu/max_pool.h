@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../common/check.h"
 
@@ -13,8 +14,25 @@ struct PoolShape {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// Rows [begin, end) of the output, counted over all images; data are [N][H][W][C].
-using MaxPoolKernel = void (*)(const void* input, void* output, const PoolShape& shape,
-                               int64_t begin, int64_t end);
+// `window` is kernel_size, stride, padding and dilation, two numbers each.
+PoolShape pool_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window);
+
+constexpr int64_t kMostPositions = 255;  // of a window, where its largest value's is kept
+
+// Data are [N][H][W][C]. `positions`, if not null, are where in its window each output was found,
+// kernel[1] * row + column; of several the first, as in eager PyTorch.
+void max_pool(const void* input, void* output, uint8_t* positions, const PoolShape& shape,
+              int64_t images, ScalarType dtype);
+
+// The gradient of the input: zero but where a window found its largest value.
+void max_unpool(const void* grad, const uint8_t* positions, void* grad_input,
+                const PoolShape& shape, int64_t images, ScalarType dtype);
+
+// Rows [begin, end) of the output, counted over all images.
+using MaxPoolKernel = void (*)(const void* input, void* output, uint8_t* positions,
+                               const PoolShape& shape, int64_t begin, int64_t end);
+// Rows [begin, end) of the input.
+using MaxUnpoolKernel = void (*)(const void* grad, const uint8_t* positions, void* grad_input,
+                                 const PoolShape& shape, int64_t begin, int64_t end);
 
 }  // namespace resnet_fused

@@ -19,61 +19,142 @@ DEVICE_INLINE void pool_store(float x, bf16* to) {
   to->bits = static_cast<uint16_t>(bits_as<uint32_t>(x) >> 16);  // exact: it was loaded from one
 }
 
+// Sums of several gradients are rounded.
+DEVICE_INLINE void pool_round(float x, float* to) {
+  *to = x;
+}
+DEVICE_INLINE void pool_round(double x, double* to) {
+  *to = x;
+}
+DEVICE_INLINE void pool_round(float x, bf16* to) {
+  narrow(&x, to, 1);
+}
+
 // The part [first, last) of a window that lies inside an image side, in steps of the dilation.
 struct Window {
   int64_t first, last;
+  int64_t index = 0;  // of the first one in the window
   Window(const PoolShape& s, int side, int64_t out, int64_t size) {
     first = out * s.stride[side] - s.padding[side];
     last = first + (s.kernel[side] - 1) * s.dilation[side] + 1;
-    while (first < 0) first += s.dilation[side];
+    for (; first < 0; ++index) first += s.dilation[side];
     if (last > size) last = size;
   }
 };
 
 // One pixel of the output, channels [0, n): n is kBlock or what is left. NaN wins, as in eager.
-template <class T>
-DEVICE_INLINE void pool_pixel(const T* image, T* output, const PoolShape& s, Window rows,
-                              Window columns, int64_t n) {
+template <class T, bool kPositions>
+DEVICE_INLINE void pool_pixel(const T* image, T* output, uint8_t* positions, const PoolShape& s,
+                              Window rows, Window columns, int64_t n) {
   constexpr int64_t kBlock = 64;
   compute_t<T> best[kBlock];
-  for (int64_t c = 0; c < kBlock; ++c) best[c] = -INFINITY;
-  for (int64_t h = rows.first; h < rows.last; h += s.dilation[0]) {
-    for (int64_t w = columns.first; w < columns.last; w += s.dilation[1]) {
+  int32_t found[kBlock];
+  for (int64_t c = 0; c < kBlock; ++c)
+    best[c] = -INFINITY, found[c] = rows.index * s.kernel[1] + columns.index;
+  int32_t row = static_cast<int32_t>(rows.index * s.kernel[1] + columns.index);
+  for (int64_t h = rows.first; h < rows.last; h += s.dilation[0], row += s.kernel[1]) {
+    int32_t position = row;
+    for (int64_t w = columns.first; w < columns.last; w += s.dilation[1], ++position) {
       const T* x = image + (h * s.width + w) * s.channels;
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
         const compute_t<T> value = pool_load(x[c]);
-        best[c] = (value > best[c]) | (value != value) ? value : best[c];
+        const bool wins = (value > best[c]) | (value != value);
+        best[c] = wins ? value : best[c];
+        if (kPositions) found[c] = wins ? position : found[c];
       }
     }
   }
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) pool_store(best[c], output + c);
+  if (kPositions) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) positions[c] = static_cast<uint8_t>(found[c]);
+  }
 }
 
-template <class T>
-void max_pool_rows(const void* input, void* output, const PoolShape& s, int64_t begin,
-                   int64_t end) {
+template <class T, bool kPositions>
+void max_pool_rows(const void* input, void* output, uint8_t* positions, const PoolShape& s,
+                   int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / s.out_height;
     const T* image = static_cast<const T*>(input) + n * s.height * s.width * s.channels;
     const Window rows(s, 0, row % s.out_height, s.height);
     for (int64_t column = 0; column < s.out_width; ++column) {
       const Window columns(s, 1, column, s.width);
-      T* pixel = static_cast<T*>(output) + (row * s.out_width + column) * s.channels;
+      const int64_t pixel = (row * s.out_width + column) * s.channels;
+      T* const to = static_cast<T*>(output) + pixel;
       int64_t c = 0;
       for (; c + 64 <= s.channels; c += 64) {
-        pool_pixel(image + c, pixel + c, s, rows, columns, int64_t(64));
+        pool_pixel<T, kPositions>(image + c, to + c, positions + pixel + c, s, rows, columns,
+                                  int64_t(64));
       }
-      if (c < s.channels) pool_pixel(image + c, pixel + c, s, rows, columns, s.channels - c);
+      if (c < s.channels) {
+        pool_pixel<T, kPositions>(image + c, to + c, positions + pixel + c, s, rows, columns,
+                                  s.channels - c);
+      }
     }
   }
 }
 
-inline MaxPoolKernel max_pool_kernel(ScalarType dtype) {
+// sums += grad where a window of one output row found position `wanted`
+template <class T>
+DEVICE_INLINE void add_found(const T* grad, const uint8_t* positions, int32_t wanted, int64_t n,
+                             compute_t<T>* sums) {
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) {
+    sums[c] += positions[c] == wanted ? pool_load(grad[c]) : compute_t<T>(0);
+  }
+}
+
+template <class T>
+void max_unpool_rows(const void* grad, const uint8_t* positions, void* grad_input,
+                     const PoolShape& s, int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / s.height, y = row % s.height;
+    for (int64_t x = 0; x < s.width; ++x) {
+      T* const to = static_cast<T*>(grad_input) + (row * s.width + x) * s.channels;
+      for (int64_t first = 0; first < s.channels; first += kBlock) {
+        const int64_t count = s.channels - first < kBlock ? s.channels - first : kBlock;
+        compute_t<T> sums[kBlock] = {};
+        // The windows whose r-th row and k-th column this pixel is.
+        for (int64_t r = 0; r < s.kernel[0]; ++r) {
+          const int64_t top = y + s.padding[0] - r * s.dilation[0];
+          if (top < 0 || top % s.stride[0] != 0 || top / s.stride[0] >= s.out_height) continue;
+          for (int64_t k = 0; k < s.kernel[1]; ++k) {
+            const int64_t left = x + s.padding[1] - k * s.dilation[1];
+            if (left < 0 || left % s.stride[1] != 0 || left / s.stride[1] >= s.out_width) continue;
+            const int64_t window =
+                ((n * s.out_height + top / s.stride[0]) * s.out_width + left / s.stride[1]) *
+                    s.channels +
+                first;
+            add_found(static_cast<const T*>(grad) + window, positions + window,
+                      static_cast<int32_t>(r * s.kernel[1] + k), count, sums);
+          }
+        }
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) pool_round(sums[c], to + first + c);
+      }
+    }
+  }
+}
+
+template <bool kPositions>
+MaxPoolKernel max_pool_kernel_for(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return &max_pool_rows<float>;
-    case ScalarType::Double: return &max_pool_rows<double>;
-    default: return &max_pool_rows<bf16>;
+    case ScalarType::Float: return &max_pool_rows<float, kPositions>;
+    case ScalarType::Double: return &max_pool_rows<double, kPositions>;
+    default: return &max_pool_rows<bf16, kPositions>;
+  }
+}
+inline MaxPoolKernel max_pool_kernel(ScalarType dtype, bool positions) {
+  return positions ? max_pool_kernel_for<true>(dtype) : max_pool_kernel_for<false>(dtype);
+}
+inline MaxUnpoolKernel max_unpool_kernel(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return &max_unpool_rows<float>;
+    case ScalarType::Double: return &max_unpool_rows<double>;
+    default: return &max_unpool_rows<bf16>;
   }
 }

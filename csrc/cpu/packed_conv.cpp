@@ -133,11 +133,11 @@ PlainWeight plain_weight(const Tensor& weight, const float* scale) {
 
 void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
               const int64_t* input_strides, const void* residual, void* output) {
-  ConvArguments arguments{step.shape, input,    step.packed,         step.shift, residual,
-                          output,     step.act, step.negative_slope, is_bf16,    step.pairs};
+  ConvArguments arguments{step.shape, input,      step.packed, step.shift,
+                          residual,   output,     step.act,    step.negative_slope,
+                          is_bf16,    step.pairs, {}};
   arguments.shape.batch = images;
-  algorithm_run(step.algorithm, arguments, input_strides,
-                step.plain);
+  algorithm_run(step.algorithm, arguments, input_strides, step.plain);
 }
 
 // One convolution's share of the operator's arguments.
@@ -176,12 +176,11 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
   check(n.residual < 0 || block.values[n.residual] == sizes, op,
         ": residual must have the shape of the output, ", shape_text({sizes.data(), sizes.size()}));
   block.needs_dense |= (n.input == 0 && algorithm != Algorithm::direct) || n.residual == 0;
-  block.steps.push_back({shape, n.input, n.residual, algorithm, parse_activation(op, act),
-                         static_cast<float>(negative_slope),
-                         static_cast<const float*>(packed.const_data_ptr()), pairs,
-                         plain_weight(weight,
-                                      check_channels("scale", tensors.scale, shape.out_channels)),
-                         check_channels("shift", tensors.shift, shape.out_channels)});
+  block.steps.push_back(
+      {shape, n.input, n.residual, algorithm, parse_activation(op, act),
+       static_cast<float>(negative_slope), static_cast<const float*>(packed.const_data_ptr()),
+       pairs, plain_weight(weight, check_channels("scale", tensors.scale, shape.out_channels)),
+       check_channels("shift", tensors.shift, shape.out_channels)});
   block.values.push_back(sizes);
 }
 

@@ -3,6 +3,8 @@
 //     forward    z = conv(a, w) + b,  a = act(bn(x)) or x;  mean and variance of z
 //     backward   dz = weight rstd (g act' - ...) or g;  dw, da [+ r];  the sums for the bn before
 //
+// where g may be the gradient of a max-pool behind, spread over the pixels that it came from.
+//
 // Neither a nor dz exists as a whole: a few images at a time are computed, used while they are in
 // cache, and overwritten by the next ones. In tensors that cross memory: forward reads x and writes
 // z, backward reads g, z and x and writes da; eager PyTorch's modules read or write 9 and 15.
@@ -18,11 +20,9 @@
 #include <vector>
 
 #include "batch_statistics.h"
-#include "bn_act_backward.h"
-#include "channel_vectors.h"
-#include "memory_pool.h"
-#include "normalize_act.h"
-#include "pack_weights.h"
+#include "max_pool.h"
+#include "packed_now.h"
+#include "train_norm.h"
 #include "weight_grad.h"
 
 namespace resnet_fused {
@@ -30,81 +30,6 @@ namespace {
 
 // Bytes that one pass may touch, a quarter of a common L3.
 constexpr int64_t kPassBytes = int64_t(8) << 20;
-
-// Images [*, H, W, C] and how their rows of pixels are handed to the kernels for batch norm.
-struct Images {
-  int64_t count, pixels, channels, element;
-
-  int64_t bytes() const { return pixels * channels * element; }  // of one
-  Extent extent(int64_t images) const {
-    Extent one = folded({pixels, channels, 1});
-    one.outer *= images;
-    return one;
-  }
-};
-
-Images images_of(const Tensor& tensor) {
-  return {tensor.size(0), tensor.size(2) * tensor.size(3), tensor.size(1),
-          static_cast<int64_t>(element_size(tensor.scalar_type()))};
-}
-
-const char* at(const void* data, const Images& images, int64_t image) {
-  return static_cast<const char*>(data) + image * images.bytes();
-}
-char* at(void* data, const Images& images, int64_t image) {
-  return static_cast<char*>(data) + image * images.bytes();
-}
-
-// A batch norm with the batch's statistics, and the activation behind it; `vectors` are mean, var,
-// weight and bias, of which the last two may be empty, or there is none at all.
-struct Norm {
-  std::optional<Normalization<float>> values;
-  Activation act = Activation::none;
-  double negative_slope = 0;
-
-  Norm(const char* op, const char* name, const std::vector<Tensor>& vectors, double eps,
-       const std::string& act_name, double slope, const Tensor& data)
-      : act(parse_activation(op, act_name)), negative_slope(slope) {
-    if (vectors.empty()) return;
-    check(vectors.size() >= 4, op, ": ", name,
-          " must be empty or begin with mean, var, weight, "
-          "bias, got ",
-          vectors.size(), " tensors");
-    const auto optional = [&](size_t i) {
-      return vectors[i].numel() == 0 ? std::optional<Tensor>() : std::optional<Tensor>(vectors[i]);
-    };
-    const VectorArgument<float> mean(op, name, vectors[0], data), var(op, name, vectors[1], data);
-    const VectorArgument<float> weight(op, name, optional(2), data),
-        bias(op, name, optional(3), data);
-    values.emplace(mean.data(), var.data(), weight, bias, eps, data.size(1),
-                   images_of(data).extent(1));
-  }
-  explicit operator bool() const { return values.has_value(); }
-
-  void apply(const void* x, const Images& images, int64_t count, ScalarType dtype, void* y) const {
-    normalize_act({x, nullptr, y, images.extent(count), values->mean.data(), values->scale.data(),
-                   values->bias.data(), negative_slope},
-                  dtype, act);
-  }
-  BnActBackward backward(const void* grad, const void* x, void* result) const {
-    return {grad,
-            x,
-            grad,
-            result,
-            nullptr,
-            values->mean.data(),
-            values->scale.data(),
-            values->bias.data(),
-            negative_slope};
-  }
-};
-
-Tensor vector_of(const std::vector<double>& values) {
-  const int64_t size = static_cast<int64_t>(values.size());
-  Tensor result = pool_empty({&size, 1}, MemoryFormat::Contiguous, ScalarType::Float);
-  std::copy(values.begin(), values.end(), static_cast<float*>(result.mutable_data_ptr()));
-  return result;
-}
 
 void check_image(const char* op, const char* name, const Tensor& tensor) {
   check(tensor.is_cpu() && tensor.dim() == 4 && tensor.numel() > 0 &&
@@ -144,16 +69,6 @@ ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight,
   return s;
 }
 
-// The convolution whose output is the gradient of `s`'s input, for stride 1.
-ConvShape turned(const ConvShape& s) {
-  ConvShape t = s;
-  t.channels = s.out_channels, t.out_channels = s.channels;
-  t.height = s.out_height, t.width = s.out_width;
-  t.out_height = s.height, t.out_width = s.width;
-  for (int i = 0; i < 2; ++i) t.padding[i] = s.dilation[i] * (s.kernel[i] - 1) - s.padding[i];
-  return t;
-}
-
 int64_t images_of_a_pass(const ConvShape& s, int64_t element) {
   const int64_t image =
       (s.channels * s.height * s.width + s.out_channels * s.out_height * s.out_width) * element;
@@ -162,57 +77,16 @@ int64_t images_of_a_pass(const ConvShape& s, int64_t element) {
   return (s.batch + passes - 1) / passes;
 }
 
-// A convolution with weights packed now, over some images at a time.
-class PackedNow {
- public:
-  PackedNow(const char* op, const std::string& algorithm, const ConvShape& shape,
-            const WeightView& view, const Tensor& weight, const float* shift, bool is_bf16)
-      : algorithm_(parse_algorithm(op, algorithm)), shape_(shape), is_bf16_(is_bf16) {
-    check(algorithm_ == Algorithm::direct || algorithm_ == Algorithm::winograd4 ||
-              algorithm_ == Algorithm::winograd4_late,
-          op, ": training takes direct, winograd4 or winograd4_late, got ", algorithm);
-    check_weight(op, weight, 1, algorithm_, false);
-    check_geometry(op, shape, algorithm_, is_bf16);
-    // winograd4_late takes the weights where they are.
-    const size_t words = algorithm_ == Algorithm::direct      ? direct_words(view)
-                         : algorithm_ == Algorithm::winograd4 ? winograd_packed_words(
-                                                                    view.outputs, view.inputs, 1, 4, false)
-                                                              : 0;
-    packed_ = Workspace(words + static_cast<size_t>(view.outputs));
-    if (words > 0) pack_weights(algorithm_, view, shape.stride[0], packed_.data());
-    weights_ = words > 0 ? packed_.data() : nullptr;
-    float* const own_shift = packed_.data() + words;
-    for (int64_t i = 0; i < view.outputs; ++i) own_shift[i] = shift == nullptr ? 0.0f : shift[i];
-    shift_ = own_shift;
-    plain_ = {view.data,
-              false,
-              {view.output_stride, view.input_stride, view.tap_stride[0], view.tap_stride[1]},
-              nullptr};
-  }
-
-  void run(const void* input, const void* residual, void* output, int64_t images) const {
-    ConvArguments arguments{shape_,           input, weights_, shift_, residual, output,
-                            Activation::none, 0.0f,  is_bf16_,       false};
-    arguments.shape.batch = images;
-    const int64_t c = shape_.channels;
-    const int64_t strides[4] = {shape_.height * shape_.width * c, 1, shape_.width * c, c};
-    algorithm_run(algorithm_, arguments, strides, plain_);
-  }
-
- private:
-  static size_t direct_words(const WeightView& w) {
-    const int64_t panels = (w.outputs + kPanel - 1) / kPanel;
-    return static_cast<size_t>(panels * kPanel * w.inputs * w.taps());
-  }
-
-  Algorithm algorithm_;
-  ConvShape shape_;
-  bool is_bf16_;
-  Workspace packed_;
-  const float* weights_;
-  const float* shift_;
-  PlainWeight plain_;
-};
+Algorithm parse_quick(const char* op, const std::string& name, const ConvShape& shape,
+                      const Tensor& weight, bool is_bf16) {
+  const Algorithm algorithm = parse_algorithm(op, name);
+  check(algorithm == Algorithm::direct || algorithm == Algorithm::winograd4 ||
+            algorithm == Algorithm::winograd4_late,
+        op, ": training takes direct, winograd4 or winograd4_late, got ", name);
+  check_weight(op, weight, 1, algorithm, false);
+  check_geometry(op, shape, algorithm, is_bf16);
+  return algorithm;
+}
 
 std::tuple<Tensor, Tensor, Tensor> train_conv(
     const Tensor& input, const std::vector<Tensor>& before, double eps, const std::string& act,
@@ -221,18 +95,18 @@ std::tuple<Tensor, Tensor, Tensor> train_conv(
   constexpr const char* op = "_train_conv";
   const ConvShape shape = conv_shape(op, input, weight, geometry);
   const ScalarType dtype = input.scalar_type();
+  const bool is_bf16 = dtype == ScalarType::BFloat16;
   const Tensor x = dense(input, MemoryFormat::ChannelsLast);
   const Norm norm(op, "before", before, eps, act, negative_slope, input);
   const int64_t sizes[4] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   Tensor output = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, dtype);
   const VectorArgument<float> shift(op, "bias", bias, output);
-  const PackedNow conv(op, algorithm, shape, view_weight(weight, 1), weight, shift.data(),
-                       dtype == ScalarType::BFloat16);
+  const PackedNow conv(parse_quick(op, algorithm, shape, weight, is_bf16), shape,
+                       view_weight(weight, 1), shift.data(), is_bf16);
 
   const Images from = images_of(x), to = images_of(output);
   const int64_t step = images_of_a_pass(shape, from.element);
-  const Workspace activation(norm ? static_cast<size_t>(step * from.bytes() + 3) / sizeof(float)
-                                  : 0);
+  const Workspace activation = norm ? from.workspace(step) : Workspace();
   const Extent extent = folded({shape.batch * to.pixels, to.channels, 1}, 512);
   BatchStatistics statistics(output.const_data_ptr(), extent, dtype, to.channels);
   for (int64_t first = 0; first < shape.batch; first += step) {
@@ -250,33 +124,102 @@ std::tuple<Tensor, Tensor, Tensor> train_conv(
   return {output, vector_of(mean), vector_of(var)};
 }
 
+// The gradient of a convolution's output, some images at a time.
+class OutputGrad {
+ public:
+  struct Arguments {
+    const Tensor& grad;                   // of what follows it
+    const std::optional<Tensor>& output;  // its own, where something does
+    const std::vector<Tensor>& after;     // the batch norm's mean, var, weight and bias, and the
+                                          // gradients of the last two
+    double eps;
+    const std::string& act;
+    double negative_slope;
+    int64_t count;                           // values a channel that these were taken over
+    const std::optional<Tensor>& positions;  // of a max-pool
+    const std::vector<int64_t>& window;
+  };
+
+  OutputGrad(const char* op, const Arguments& arguments, int64_t most_images)
+      : grad_(dense(arguments.grad, MemoryFormat::ChannelsLast)),
+        output_(arguments.output ? dense(*arguments.output, MemoryFormat::ChannelsLast) : grad_),
+        norm_(op, "after", arguments.after, arguments.eps, arguments.act, arguments.negative_slope,
+              output_),
+        from_(images_of(grad_)),
+        images_(images_of(output_)) {
+    if (arguments.positions) {
+      check(arguments.positions->numel() == grad_.numel(), op,
+            ": positions must have the shape of grad, got ",
+            shape_text(arguments.positions->sizes()));
+      positions_ = dense(*arguments.positions, MemoryFormat::ChannelsLast);
+      pool_ = pool_shape(op, output_, arguments.window);
+    } else {
+      check(same_shape(grad_, output_), op, ": grad must have the shape of output, ",
+            shape_text(output_.sizes()), ", got ", shape_text(grad_.sizes()));
+    }
+    if (norm_) {
+      check(arguments.after.size() == 6 && arguments.count > 0, op,
+            ": after must end with the gradients of weight and bias, and count be positive");
+      const VectorArgument<float> weight(op, "after", arguments.after[4], output_),
+          bias(op, "after", arguments.after[5], output_);
+      means_.emplace(weight.data(), bias.data(), *norm_.values, arguments.count, images_.extent(1));
+    }
+    if (norm_ || positions_) computed_ = images_.workspace(most_images);
+  }
+
+  const Images& images() const { return images_; }
+
+  const void* of(int64_t first, int64_t count) const {
+    const ScalarType dtype = output_.scalar_type();
+    const void* grad = at(grad_.const_data_ptr(), from_, first);
+    if (positions_) {
+      max_unpool(grad,
+                 static_cast<const uint8_t*>(positions_->const_data_ptr()) +
+                     first * from_.pixels * from_.channels,
+                 computed_.data(), pool_, count, dtype);
+      grad = computed_.data();
+    }
+    if (!norm_) return grad;
+    bn_act_backward_input(
+        norm_.backward(grad, at(output_.const_data_ptr(), images_, first), computed_.data()),
+        images_.extent(count), dtype, norm_.act, means_->grad.data(), means_->slope.data());
+    return computed_.data();
+  }
+
+ private:
+  Tensor grad_, output_;
+  Norm norm_;
+  Images from_, images_;
+  std::optional<MeanGradients<float>> means_;
+  std::optional<Tensor> positions_;
+  PoolShape pool_{};
+  Workspace computed_;
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
     const Tensor& grad, const std::optional<Tensor>& output, const std::vector<Tensor>& after,
     double after_eps, const std::string& after_act, double after_slope, int64_t count_behind,
-    const Tensor& input, const std::vector<Tensor>& before, double before_eps,
-    const std::string& before_act, double before_slope, const Tensor& weight,
-    const std::vector<int64_t>& geometry, const std::optional<Tensor>& residual,
-    const std::string& input_algorithm, const std::string& weight_algorithm) {
+    const std::optional<Tensor>& positions, const std::vector<int64_t>& window, const Tensor& input,
+    const std::vector<Tensor>& before, double before_eps, const std::string& before_act,
+    double before_slope, const Tensor& weight, const std::vector<int64_t>& geometry,
+    const std::optional<Tensor>& residual, const std::string& input_algorithm,
+    const std::string& weight_algorithm) {
   constexpr const char* op = "_train_conv_backward";
   const ConvShape shape = conv_shape(op, input, weight, geometry);
   const ScalarType dtype = input.scalar_type();
   const bool is_bf16 = dtype == ScalarType::BFloat16;
-  const Tensor g = dense(grad, MemoryFormat::ChannelsLast),
-               x = dense(input, MemoryFormat::ChannelsLast);
-  const Tensor z = output ? dense(*output, MemoryFormat::ChannelsLast) : g;
+  const Tensor x = dense(input, MemoryFormat::ChannelsLast);
   const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : x;
-  const Norm behind(op, "after", after, after_eps, after_act, after_slope, g);
   const Norm norm(op, "before", before, before_eps, before_act, before_slope, input);
-  const Images from = images_of(x), to = images_of(g);
-
-  std::optional<MeanGradients<float>> means;
-  if (behind) {
-    check(after.size() == 6 && count_behind > 0, op,
-          ": after must end with the gradients of weight and bias, and count be positive");
-    const VectorArgument<float> weight_grad(op, "after", after[4], g),
-        bias_grad(op, "after", after[5], g);
-    means.emplace(weight_grad.data(), bias_grad.data(), *behind.values, count_behind, to.extent(1));
-  }
+  const Images from = images_of(x);
+  const int64_t step = images_of_a_pass(shape, from.element);
+  const OutputGrad gradient(
+      op, {grad, output, after, after_eps, after_act, after_slope, count_behind, positions, window},
+      step);
+  check(gradient.images().channels == shape.out_channels &&
+            gradient.images().pixels == shape.out_height * shape.out_width,
+        op, ": grad must have the shape of the convolution's output, got ",
+        shape_text(grad.sizes()));
 
   const bool needs_input = input_algorithm != "none", needs_weight = weight_algorithm != "none";
   const int64_t none = 0;
@@ -286,17 +229,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
                            ? pool_empty(weight.sizes(), suggested_format(weight), ScalarType::Float)
                            : pool_empty({&none, 1}, MemoryFormat::Contiguous, ScalarType::Float);
   const WeightView view = view_weight(weight, 1);
-  std::optional<PackedNow> conv;
-  if (needs_input)
-    conv.emplace(op, input_algorithm, turned(shape), view.turned(), weight, nullptr, is_bf16);
-  const int64_t step = images_of_a_pass(shape, from.element);
+  std::optional<InputGrad> inputs;
+  if (needs_input) {
+    inputs.emplace(parse_quick(op, input_algorithm, shape, weight, is_bf16), shape, view, is_bf16);
+  }
   std::optional<WeightGrad> weights;
   if (needs_weight) weights.emplace(shape, weight_algorithm == "winograd4", is_bf16, step);
   const WeightView stored = needs_weight ? view_weight(grad_weight, 1) : view;
 
-  const Workspace activation(
-      norm && needs_weight ? static_cast<size_t>(step * from.bytes() + 3) / sizeof(float) : 0);
-  const Workspace gradient(behind ? static_cast<size_t>(step * to.bytes() + 3) / sizeof(float) : 0);
+  const Workspace activation = norm && needs_weight ? from.workspace(step) : Workspace();
+  const auto add_weights = [&](const void* dz, int64_t first, int64_t count) {
+    const void* a = at(x.const_data_ptr(), from, first);
+    if (norm) {
+      norm.apply(a, from, count, dtype, activation.data());
+      a = activation.data();
+    }
+    weights->add(a, dz, count, first + count == shape.batch, stored);
+  };
   const Extent extent = from.extent(from.count);
   std::optional<BackwardSums> sums;
   if (norm && needs_input) {
@@ -305,25 +254,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
   }
   for (int64_t first = 0; first < shape.batch; first += step) {
     const int64_t count = std::min(step, shape.batch - first);
-    const void* dz = at(g.const_data_ptr(), to, first);
-    if (behind) {
-      bn_act_backward_input(behind.backward(dz, at(z.const_data_ptr(), to, first), gradient.data()),
-                            to.extent(count), dtype, behind.act, means->grad.data(),
-                            means->slope.data());
-      dz = gradient.data();
-    }
+    const void* const dz = gradient.of(first, count);
     if (needs_input) {
-      conv->run(dz, residual ? at(r.const_data_ptr(), from, first) : nullptr,
-                at(grad_input.mutable_data_ptr(), from, first), count);
+      inputs->run(dz, residual ? at(r.const_data_ptr(), from, first) : nullptr,
+                  at(grad_input.mutable_data_ptr(), from, first), count);
       if (sums) sums->advance((first + count) * from.pixels * from.channels / extent.channels);
     }
-    if (needs_weight) {
-      const void* a = at(x.const_data_ptr(), from, first);
-      if (norm) {
-        norm.apply(a, from, count, dtype, activation.data());
-        a = activation.data();
-      }
-      weights->add(a, dz, count, first + count == shape.batch, stored);
+    if (needs_weight) add_weights(dz, first, count);
+  }
+  if (needs_weight && !weights->is_finite()) {
+    // An infinity has made everything of its tiles NaN; the definition keeps it where it belongs.
+    weights.emplace(shape, false, is_bf16, step);
+    for (int64_t first = 0; first < shape.batch; first += step) {
+      const int64_t count = std::min(step, shape.batch - first);
+      add_weights(gradient.of(first, count), first, count);
     }
   }
   std::vector<double> sum_grad(sums ? from.channels : 0), sum_deviation(sums ? from.channels : 0);
@@ -342,10 +286,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "-> (Tensor output, Tensor mean, Tensor var)");
   m.def(
       "_train_conv_backward(Tensor grad, Tensor? output, Tensor[] after, float after_eps, "
-      "str after_act, float after_slope, int count, Tensor input, Tensor[] before, float "
-      "before_eps, "
-      "str before_act, float before_slope, Tensor weight, int[] geometry, Tensor? residual, "
-      "str input_algorithm, str weight_algorithm) "
+      "str after_act, float after_slope, int count, Tensor? positions, int[] window, "
+      "Tensor input, Tensor[] before, float before_eps, str before_act, float before_slope, "
+      "Tensor weight, int[] geometry, Tensor? residual, str input_algorithm, str weight_algorithm) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor norm_weight_grad, Tensor norm_bias_grad)");
 }
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {

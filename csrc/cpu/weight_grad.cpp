@@ -30,9 +30,9 @@ namespace resnet_fused {
 namespace {
 
 constexpr int64_t kPreparedFloats = int64_t(3) << 18;  // 3 MiB, a tenth of L3
-constexpr int64_t kBlockPixels = 128;                   // of which 32 channels fill half of L1
-constexpr int64_t kMostChunks = 4;                      // of 16 k's in a unit
-constexpr int64_t kLeastJoined = 16;                    // channels; of fewer the taps are joined
+constexpr int64_t kBlockPixels = 128;                  // of which 32 channels fill half of L1
+constexpr int64_t kMostChunks = 4;                     // of 16 k's in a unit
+constexpr int64_t kLeastJoined = 16;                   // channels; of fewer the taps are joined
 
 int64_t chunks16(int64_t channels) {
   return (channels + 15) / 16;
@@ -74,10 +74,12 @@ WeightGrad::WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int6
   keeps_ = blocks_ < needed || most_images < shape.batch;
 
   const int64_t threads = torch::stable::get_num_threads();
-  for (chunks_ = kMostChunks; chunks_ > 1; chunks_ /= 2) {
-    if ((a + chunks_ - 1) / chunks_ * task_.column_panels() >= threads) break;
+  // As large as possible, if it leaves no thread idle for more than a tenth of the time.
+  int64_t units = 0;
+  for (chunks_ = kMostChunks;; chunks_ /= 2) {
+    units = (a + chunks_ - 1) / chunks_ * task_.column_panels();
+    if (chunks_ == 1 || 10 * units >= 9 * ((units + threads - 1) / threads * threads)) break;
   }
-  const int64_t units = (a + chunks_ - 1) / chunks_ * task_.column_panels();
   const int64_t sums = task_.matrices * chunks_ * 16 * kPanel;
   const int64_t zeros = (std::max(shape.channels, shape.out_channels) + 15) / 16 * 16;
   prepared_ = Workspace(static_cast<size_t>(blocks_ * block_floats_ + zeros));
@@ -148,7 +150,7 @@ void WeightGrad::multiply(const std::vector<WeightGradBlock>& blocks, bool is_la
                             i / ((chunks + chunks_ - 1) / chunks_), adds_,
                             sums_.data() + (keeps_ ? i : worker) * floats};
         kernel(task_, blocks, unit);
-        if (is_last) store(task_, unit, to);
+        if (is_last && !store(task_, unit, to)) is_finite_ = false;
       }
     }
   });

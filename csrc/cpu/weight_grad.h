@@ -2,6 +2,7 @@
 // (weight_grad.cpp says the rest).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -58,7 +59,8 @@ using GradMultiplyKernel = void (*)(const WeightGradTask& task,
                                     const GradUnit& unit);
 
 // The taps' gradients from the sums.
-using GradStoreKernel = void (*)(const WeightGradTask& task, const GradUnit& unit,
+// False if one is NaN or infinite, which a tile's transform spreads further than it belongs.
+using GradStoreKernel = bool (*)(const WeightGradTask& task, const GradUnit& unit,
                                  const WeightView& to);
 
 // Adds up the gradient over parts of a batch.
@@ -68,6 +70,8 @@ class WeightGrad {
   WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int64_t most_images);
   // After the last part the gradient is in `to`, whose numbers are written.
   void add(const void* input, const void* grad, int64_t images, bool is_last, const WeightView& to);
+  // Whether the gradient, where Winograd made it, has neither NaN nor infinities.
+  bool is_finite() const { return is_finite_; }
 
  private:
   void multiply(const std::vector<WeightGradBlock>& blocks, bool is_last, const WeightView& to);
@@ -79,6 +83,7 @@ class WeightGrad {
   int64_t block_floats_;
   bool keeps_;         // sums outlive a call
   bool adds_ = false;  // there are some
+  std::atomic<bool> is_finite_{true};
   Workspace prepared_, sums_;
 };
 

@@ -77,6 +77,55 @@ void copy_chunks(const T* from, int64_t count, float* to, int64_t stride) {
   for (int64_t i = 0; i < 16; ++i) to[i] = i < count ? as_float(from[i]) : 0.0f;
 }
 
+// All taps' channels of one output pixel side by side: [row of the kernel][column][channel].
+template <class T>
+void copy_joined(const WeightGradTask& task, const T* image, int64_t y, int64_t x, float* to,
+                 int64_t stride) {
+  const T* const end = static_cast<const T*>(task.input) +
+                       task.shape.batch * task.shape.height * task.shape.width *
+                           task.shape.channels;
+  constexpr int64_t kLine = 256, kMostAtOnce = 64;
+  const ConvShape& s = task.shape;
+  float line[kLine + kLanes];
+  float* next = line;
+  const auto make_room = [&] {
+    if (next - line <= kLine - kMostAtOnce) return;
+    const int64_t whole = (next - line) / 16 * 16, left = next - line - whole;
+    copy_chunks(line, whole, to, stride);
+    to += whole / 16 * stride;
+    for (int64_t i = 0; i < left; ++i) line[i] = line[whole + i];
+    next = line + left;
+  };
+  const int64_t first = x * s.stride[1] - s.padding[1];
+  const int64_t width = s.kernel[1] * s.channels;
+  for (int64_t r = 0; r < s.kernel[0]; ++r) {
+    const int64_t from_y = y * s.stride[0] - s.padding[0] + r * s.dilation[0];
+    const bool row_inside = from_y >= 0 && from_y < s.height;
+    const T* const row = image + from_y * s.width * s.channels;
+    if (row_inside && s.dilation[1] == 1 && first >= 0 && first + s.kernel[1] <= s.width &&
+        width <= kMostAtOnce) {
+      make_room();
+      const T* const from = row + first * s.channels;
+      if (from + kMostAtOnce <= end) {  // whole vectors; what is too much, the next row overwrites
+        for (int64_t i = 0; i < width; i += kLanes) store(next + i, load(from + i));
+      } else {
+        for (int64_t i = 0; i < width; ++i) next[i] = as_float(from[i]);
+      }
+      next += width;
+      continue;
+    }
+    for (int64_t c = 0; c < s.kernel[1]; ++c) {  // of fewer than 16 channels
+      make_room();
+      const int64_t from_x = first + c * s.dilation[1];
+      const bool inside = row_inside && from_x >= 0 && from_x < s.width;
+      for (int64_t i = 0; i < s.channels; ++i) {
+        *next++ = inside ? as_float(row[from_x * s.channels + i]) : 0.0f;
+      }
+    }
+  }
+  copy_chunks(line, next - line, to, stride);
+}
+
 template <class T>
 void copy_grad_pixels(const WeightGradTask& task, const WeightGradBlock& block, int64_t begin,
                       int64_t end) {
@@ -91,26 +140,19 @@ void copy_grad_pixels(const WeightGradTask& task, const WeightGradBlock& block, 
     const GradMatrix& a = block.matrices[0];
     copy_chunks(static_cast<const T*>(task.grad) + pixel * s.out_channels, s.out_channels,
                 task.workspace + a.a + row * 16, a.a_stride);
-    float* const joined = task.workspace + a.b + row * 16;
-    int64_t column = 0;
+    if (joins) {
+      copy_joined<T>(task, image, y, x, task.workspace + a.b + row * 16, a.b_stride);
+      continue;
+    }
     for (int64_t r = 0; r < s.kernel[0]; ++r) {
       const int64_t from_y = y * s.stride[0] - s.padding[0] + r * s.dilation[0];
       for (int64_t c = 0; c < s.kernel[1]; ++c) {
         const int64_t from_x = x * s.stride[1] - s.padding[1] + c * s.dilation[1];
         const bool inside = from_y >= 0 && from_y < s.height && from_x >= 0 && from_x < s.width;
-        const T* const from = inside ? image + (from_y * s.width + from_x) * s.channels : zeros;
-        if (joins) {
-          for (int64_t i = 0; i < s.channels; ++i, ++column) {
-            joined[column / 16 * a.b_stride + column % 16] = as_float(from[i]);
-          }
-        } else {
-          const GradMatrix& m = block.matrices[r * s.kernel[1] + c];
-          copy_chunks(from, s.channels, task.workspace + m.b + row * 16, m.b_stride);
-        }
+        const GradMatrix& m = block.matrices[r * s.kernel[1] + c];
+        copy_chunks(inside ? image + (from_y * s.width + from_x) * s.channels : zeros, s.channels,
+                    task.workspace + m.b + row * 16, m.b_stride);
       }
-    }
-    for (; joins && column % 16 != 0; ++column) {
-      joined[column / 16 * a.b_stride + column % 16] = 0.0f;
     }
   }
 }
@@ -162,9 +204,12 @@ inline void multiply_grads(const WeightGradTask& task, const std::vector<WeightG
   for (int64_t m = 0; m < task.matrices; ++m) {
     float* const sums = unit.sums + m * unit.chunks * 16 * kPanel;
     bool adds = unit.adds;
-    for (const WeightGradBlock& block : blocks) {
-      const GradMatrix& matrix = block.matrices[m];
-      const GradMatrix& next = m + 1 < task.matrices ? (&matrix)[1] : matrix;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const GradMatrix& matrix = blocks[i].matrices[m];
+      const bool is_last = i + 1 == blocks.size();
+      const GradMatrix& next = !is_last                ? blocks[i + 1].matrices[m]
+                               : m + 1 < task.matrices ? blocks[0].matrices[m + 1]
+                                                       : matrix;
       const float* const b = task.workspace + matrix.b + unit.panel * 2 * matrix.b_stride;
       const float* const next_b = task.workspace + next.b + unit.panel * 2 * next.b_stride;
       for (int64_t chunk = 0; chunk < unit.chunks; ++chunk) {
@@ -175,7 +220,8 @@ inline void multiply_grads(const WeightGradTask& task, const std::vector<WeightG
         for (int row = 0; row < 16; row += kGradRows) {
           // The first passes bring in what comes next, one line a row.
           const int64_t pass = (chunk * 16 + row) / kGradRows;
-          const GradAhead ahead{row == 0 ? next_a : a, pass < 2 ? next_b + pass * next.b_stride : b};
+          const GradAhead ahead{row == 0 ? next_a : a,
+                                pass < 2 ? next_b + pass * next.b_stride : b};
           add_products(a + row, b, is_half ? 0 : matrix.b_stride, matrix.rows, adds, ahead,
                        sums + (chunk * 16 + row) * kPanel);
         }
@@ -216,11 +262,12 @@ inline int64_t tap_offset(const WeightView& w, int64_t tap) {
 }
 
 template <int kStride>
-void store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
+bool store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
   const int64_t point = unit.chunks * 16 * kPanel;
   const int64_t first = unit.panel * kPanel;
   const int64_t count = task.columns - first < kPanel ? task.columns - first : kPanel;
   float* const data = const_cast<float*>(to.data);
+  Vector check{};  // NaN where one is not finite
   for (int64_t row = 0; row < unit.chunks * 16; ++row) {
     const int64_t k = unit.chunk * 16 + row;
     if (k >= task.shape.out_channels) break;
@@ -242,7 +289,10 @@ void store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, cons
         for (int y = 0; y < 6; ++y) u[y] = half[y][x];
         gather_tap_grads<kStride>(u, g);
 #pragma GCC unroll 3
-        for (int y = 0; y < 3; ++y) store(taps[y * 3 + x] + lane, g[y]);
+        for (int y = 0; y < 3; ++y) {
+          store(taps[y * 3 + x] + lane, g[y]);
+          check += g[y] * 0.0f;
+        }
       }
     }
     for (int64_t t = 0; t < 9; ++t) {
@@ -252,9 +302,15 @@ void store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, cons
     }
   }
   finish_streams();
+  float lanes[kLanes];
+  store(lanes, check);
+  for (const float lane : lanes) {
+    if (lane != lane) return false;
+  }
+  return true;
 }
 
-inline void store_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
+inline bool store_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
   const int64_t first = unit.panel * kPanel;
   const int64_t count = task.columns - first < kPanel ? task.columns - first : kPanel;
   float* const data = const_cast<float*>(to.data);
@@ -277,6 +333,7 @@ inline void store_grads(const WeightGradTask& task, const GradUnit& unit, const 
     }
   }
   finish_streams();
+  return true;
 }
 
 inline GradPrepareKernel grad_prepare_kernel(const WeightGradTask& task) {

@@ -42,11 +42,11 @@ constexpr int64_t kLateSlice = kLateChannels * kPanel + 16;
 
 struct WinogradTask {
   ConvArguments conv;
-  PlainWeight plain;   // [out_channels][channels / groups][3][3], not transformed
-  int64_t largest;     // outputs along one side of a tile
-  bool late;           // the call transforms the weights, a part at a time; m = 4, no pairs;
-                       // without packed weights it takes the plain ones, which are float then
-  int64_t block;       // tiles transformed and multiplied together, kWinogradLargestBlock at most
+  PlainWeight plain;  // [out_channels][channels / groups][3][3], not transformed
+  int64_t largest;    // outputs along one side of a tile
+  bool late;          // the call transforms the weights, a part at a time; m = 4, no pairs;
+                      // without packed weights it takes the plain ones, which are float then
+  int64_t block;      // tiles transformed and multiplied together, kWinogradLargestBlock at most
 
   int64_t stride() const { return conv.shape.stride[0]; }
   // Weights along one dimension: one a point, and with stride 2 one for the odd inputs, `largest`
@@ -73,9 +73,7 @@ struct WinogradTask {
   }
   int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
   bool gathers() const { return late && conv.packed == nullptr; }
-  int64_t workspace() const {
-    return late_taps() + (gathers() ? kLateChannels * 9 * kPanel : 0);
-  }
+  int64_t workspace() const { return late_taps() + (gathers() ? kLateChannels * 9 * kPanel : 0); }
   int64_t late_taps() const { return late_weights() + (late ? weights() * kLateSlice : 0); }
   // Where the weights lie that the call transforms.
   int64_t late_weights() const {

@@ -60,10 +60,10 @@ template <class Element, int kStride, class Between>
 void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_t group,
                     int64_t panel, float* workspace, Between between) {
   const int64_t depth = task.conv.group_words(), weights = task.weights();
-  const float* const packed =
-      task.gathers() ? nullptr
-                     : task.conv.packed + (group * task.panels() + panel) *
-                                              task.packed_weights() * depth * kPanel;
+  const float* const packed = task.gathers()
+                                  ? nullptr
+                                  : task.conv.packed + (group * task.panels() + panel) *
+                                                           task.packed_weights() * depth * kPanel;
   const WeightView view = view_plain(task.plain, task.conv.shape);
   const int64_t piece = task.late ? kLateChannels : depth;
   float* const late = workspace + task.late_weights();
@@ -84,10 +84,10 @@ void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_
       if (task.gathers()) expect_weights(view, next, w);
       const float* const matrix = task.late ? late + w * kLateSlice : packed + w * depth * kPanel;
       constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
-      const ReadAhead ahead =
-          task.gathers() ? ReadAhead{matrix, 0}
-          : task.late    ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
-                         : ReadAhead{matrix + depth * kPanel, kPanel};
+      const ReadAhead ahead = task.gathers() ? ReadAhead{matrix, 0}
+                              : task.late
+                                  ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
+                                  : ReadAhead{matrix + depth * kPanel, kPanel};
       multiply<Element>(workspace + block.inputs[w] + first * block.rows[w], block.rows[w], matrix,
                         length, ahead, first > 0, workspace + block.products[w]);
     }

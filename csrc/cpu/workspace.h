@@ -14,6 +14,7 @@ class Workspace {
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
+  Workspace(Workspace&& other) noexcept { *this = std::move(other); }
   Workspace& operator=(Workspace&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);

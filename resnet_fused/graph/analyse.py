@@ -35,18 +35,21 @@ class Analysis:
     candidates: list[Candidate] = field(default_factory=list)
 
 
-def analyse(model: nn.Module, filter_fn: FilterFn | None = None) -> Analysis:
+def analyse(
+    model: nn.Module, filter_fn: FilterFn | None = None, *, low_memory: bool = False
+) -> Analysis:
     """Plan every module of a model that holds something to fuse; changes nothing."""
-    walk = _Walk(model, filter_fn)
+    walk = _Walk(model, filter_fn, low_memory)
     walk.visit(model, "")
     walk.report_the_rest()
     return walk.analysis
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, filter_fn: FilterFn | None) -> None:
+    def __init__(self, model: nn.Module, filter_fn: FilterFn | None, low_memory: bool) -> None:
         self.model = model
         self.filter_fn = filter_fn
+        self.low_memory = low_memory
         self.analysis = Analysis()
         self.shared = _shared_modules(model)
         self.seen: set[int] = set()
@@ -84,10 +87,10 @@ class _Walk:
                 raise Untraceable(f"it is a {type(module).__name__}")
             if "forward" in vars(module):
                 raise Untraceable("its forward was replaced")
-            plan = make_plan(module, excluded)
+            plan = make_plan(module, excluded, low_memory=self.low_memory)
             while declined := self._declined(plan, module, name):
                 excluded |= declined
-                plan = make_plan(module, excluded)
+                plan = make_plan(module, excluded, low_memory=self.low_memory)
         except Untraceable as error:
             for child in own:
                 where = name or type(self.model).__name__

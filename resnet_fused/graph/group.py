@@ -9,18 +9,43 @@ from torch import fx
 
 from resnet_fused.modules.conv_bn_act import ConvBNAct
 from resnet_fused.modules.conv_chain import INPUT, OUTSIDE, ConvBlock, ConvChain, wire
+from resnet_fused.modules.max_pool import MaxPool
+from resnet_fused.modules.stem import Stem
 
 Steps = dict[str, object]  # by the name that the graph calls them by
 
 
-def group_blocks(graph: fx.Graph, steps: Steps, name: Callable[[], str]) -> None:
+def group_blocks(
+    graph: fx.Graph, steps: Steps, name: Callable[[], str], *, low_memory: bool = False
+) -> None:
     """Convolutions that follow one another and read nothing but one value become one step."""
     nodes = [n for n in graph.nodes if n.op != "get_attr"]
     while nodes:
         group = _block_at(nodes, steps)
         if len(group) > 1:
-            _replace(graph, group, steps, name(), ConvChain((_block(group, steps),)))
+            _replace(graph, group, steps, name(), ConvChain((_block(group, steps, low_memory),)))
         nodes = nodes[max(1, len(group)) :]
+
+
+def join_stems(graph: fx.Graph, steps: Steps, name: Callable[[], str]) -> None:
+    """A convolution and the max-pool that follows at once and alone reads it become one step."""
+    nodes = [n for n in graph.nodes if n.op != "get_attr"]
+    for node, reader in pairwise(nodes):
+        conv, pool = _step(node, steps), _step(reader, steps)
+        if (
+            isinstance(conv, ConvBNAct)
+            and isinstance(pool, MaxPool)
+            and len(node.args) == 3
+            and set(node.users) == {reader}
+        ):
+            step = name()
+            with graph.inserting_before(reader):
+                call = graph.create_node("call_module", step, (*node.args, reader.args[1]))
+            reader.replace_all_uses_with(call)
+            for old in (reader, node):
+                graph.erase_node(old)
+                del steps[str(old.target)]
+            steps[step] = Stem(conv, pool)
 
 
 def join_chains(graph: fx.Graph, steps: Steps, name: Callable[[], str]) -> bool:
@@ -54,14 +79,16 @@ def _block_at(nodes: Sequence[fx.Node], steps: Mapping[str, object]) -> list[fx.
     return group
 
 
-def _block(group: Sequence[fx.Node], steps: Mapping[str, object]) -> ConvBlock:
+def _block(
+    group: Sequence[fx.Node], steps: Mapping[str, object], low_memory: bool = False
+) -> ConvBlock:
     place = {group[0].args[0]: INPUT} | {n: OUTSIDE + i for i, n in enumerate(group)}
     convs = [step for n in group if isinstance(step := _step(n, steps), ConvBNAct)]
     wiring = [
         wire(conv, place[n.args[0]], place[n.args[3]] if len(n.args) > 3 else -1)
         for conv, n in zip(convs, group, strict=True)
     ]
-    return ConvBlock(tuple(convs), tuple(wiring))
+    return ConvBlock(tuple(convs), tuple(wiring), low_memory)
 
 
 def _chain_at(nodes: Sequence[fx.Node], steps: Mapping[str, object]) -> list[fx.Node]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_fused.graph.group import group_blocks
+from resnet_fused.graph.group import group_blocks, join_stems
 from resnet_fused.graph.head import head
 from resnet_fused.graph.marker import FusedModule
 from resnet_fused.graph.match import Matcher, Run
@@ -103,6 +103,7 @@ class Plan:
     bodies: Mapping[tuple[bool, bool], Body]
     runs: tuple[Run, ...]  # fused ones and candidates with their reasons
     swallowed_names: frozenset[str]
+    low_memory: bool = False  # in training
     whole: Body | None = None  # in evaluation, with the forwards of fused children in it
 
     def body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Body | None:
@@ -144,12 +145,13 @@ def _watched() -> bool:
     )
 
 
-def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan:
+def make_plan(module: nn.Module, excluded: Mapping[str, str], *, low_memory: bool = False) -> Plan:
     """Trace and match a module's forward; without bodies if nothing in it can be fused.
 
     Args:
         module: its own forward is planned, not its children's.
         excluded: names of modules below it that must be left alone, with the reason.
+        low_memory: blocks keep less for backward and compute more (fuse(memory="low")).
 
     Raises:
         Untraceable: its forward cannot be represented as a graph.
@@ -170,7 +172,7 @@ def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan:
             text = str(graph)
             names.update(str(n.target) for n in graph.nodes if n.op == "call_module")
             if (text, sequences) not in known:
-                body, found = _plan_graph(module, graph, excluded, numbers, sequences)
+                body, found = _plan_graph(module, graph, excluded, numbers, sequences, low_memory)
                 known[text, sequences] = body
                 if not sequences:
                     for run in found:
@@ -180,7 +182,7 @@ def make_plan(module: nn.Module, excluded: Mapping[str, str]) -> Plan:
             planned = known[text, sequences]
             if planned is not None:
                 bodies[training, sequences] = planned
-    return Plan(bodies, tuple(runs.values()), frozenset(names))
+    return Plan(bodies, tuple(runs.values()), frozenset(names), low_memory)
 
 
 def module_reason(module: nn.Module) -> str | None:
@@ -212,6 +214,7 @@ def _plan_graph(
     excluded: Mapping[str, str],
     numbers: count[int],
     sequences: bool,
+    low_memory: bool,
 ) -> tuple[Body | None, list[Run]]:
     reasons = {id(module.get_submodule(name)): why for name, why in excluded.items()}
     swallowed = _skip_identities(module, graph)
@@ -238,7 +241,8 @@ def _plan_graph(
         if type(module.get_submodule(str(node.target))) is nn.Linear:
             _replace_head(module, graph, node, steps, swallowed, f"_fused_step_{next(numbers)}")
     _mark_deferring(graph, steps)
-    group_blocks(graph, steps, lambda: f"_fused_step_{next(numbers)}")
+    join_stems(graph, steps, lambda: f"_fused_step_{next(numbers)}")
+    group_blocks(graph, steps, lambda: f"_fused_step_{next(numbers)}", low_memory=low_memory)
     below = _with_parents(module, swallowed)
     return compile_body(module, graph, steps, (_own(module),), below), runs
 

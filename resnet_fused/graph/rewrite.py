@@ -29,11 +29,12 @@ class _Planned(FusedModule, nn.Module):
         state = get_state()
         if isinstance(state, dict):
             state = {k: v for k, v in state.items() if not k.startswith(_PREFIX)}
-        return _restore, (original_class(self), dict(vars(self).get("_fused_excluded", {}))), state
+        return _restore, (original_class(self), *_asked(self)), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        plan = make_plan(self, vars(self)["_fused_excluded"])
+        excluded, low_memory = _asked(self)
+        plan = make_plan(self, excluded, low_memory=low_memory)
         _attach(self, plan)
         _attach(self, open_children(self, plan))
 
@@ -46,6 +47,7 @@ def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
             module.__class__ = _fused_class(type(module))
             done.append(module)
             vars(module)["_fused_excluded"] = dict(excluded)
+            vars(module)["_fused_low_memory"] = plan.low_memory
             _attach(module, plan)
         for module in done:
             _attach(module, open_children(module, plans[module][0]))
@@ -70,10 +72,17 @@ def _attach(module: nn.Module, plan: Plan) -> None:
     vars(module)["_fused_plan"] = plan
 
 
-def _restore(kind: type[nn.Module], excluded: dict[str, str]) -> nn.Module:
+def _asked(module: nn.Module) -> tuple[dict[str, str], bool]:
+    """What an instance's plan depends on beside the module: exclusions, and the memory mode."""
+    own = vars(module)
+    return dict(own.get("_fused_excluded", {})), bool(own.get("_fused_low_memory", False))
+
+
+def _restore(kind: type[nn.Module], excluded: dict[str, str], low_memory: bool) -> nn.Module:
     fused = _fused_class(kind)
     module = fused.__new__(fused)
     vars(module)["_fused_excluded"] = excluded
+    vars(module)["_fused_low_memory"] = low_memory
     return module
 
 

@@ -66,8 +66,8 @@ class ConvBNAct:
             return None
         if torch.compiler.is_compiling():
             data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
-            sound = _sound(data, weight, bias, conv, residual)
-            return self._traceable(data, weight, bias, conv, bn, residual) if sound else None
+            fits = sound(data, weight, bias, conv, residual)
+            return self._traceable(data, weight, bias, conv, bn, residual) if fits else None
         data = input
         if torch.is_autocast_enabled("cpu"):
             (data,) = cast_for_autocast(input.device, input)
@@ -116,7 +116,7 @@ def any_requires_grad(
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _sound(
+def sound(
     input: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d, residual: Tensor | None
 ) -> bool:
     """Whether the arguments fit together without promotion, broadcasting or an error."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,8 @@ class MaxPool:
     """Equivalent to the nn.MaxPool2d that is handed over at each call."""
 
     def __call__(self, input: Tensor | Deferred, pool: nn.MaxPool2d) -> Tensor:
-        pair = nn.modules.utils._pair
-        kernel = pair(pool.kernel_size)
-        stride = kernel if pool.stride is None else pair(pool.stride)
-        padding, dilation = pair(pool.padding), pair(pool.dilation)
+        window = self.window(pool)
+        kernel, stride, padding, dilation = (window[i : i + 2] for i in (0, 2, 4, 6))
         if isinstance(input, Deferred):
             return input.max_pool((kernel, stride, padding, dilation, pool.ceil_mode))
         if (
@@ -29,18 +29,26 @@ class MaxPool:
             or torch.compiler.is_compiling()
             or (torch.is_grad_enabled() and input.requires_grad)
             or not is_channels_last(input)
-            or not self._inside(input, kernel, padding, dilation)
+            or not self.inside(input.shape, window)
             or pool.ceil_mode
         ):
             return pool(input)
         return torch.ops.resnet_fused._max_pool2d(input, kernel, stride, padding, dilation)
 
     @staticmethod
-    def _inside(
-        input: Tensor, kernel: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
-    ) -> bool:
+    def window(pool: nn.MaxPool2d) -> tuple[int, ...]:
+        """kernel_size, stride, padding and dilation, two numbers each."""
+        pair = nn.modules.utils._pair
+        stride = pool.kernel_size if pool.stride is None else pool.stride
+        return (
+            *pair(pool.kernel_size), *pair(stride), *pair(pool.padding), *pair(pool.dilation),
+        )  # fmt: skip
+
+    @staticmethod
+    def inside(shape: Sequence[int], window: Sequence[int]) -> bool:
         """Whether every window meets the image; eager PyTorch raises for the others."""
         return all(
-            0 <= 2 * p <= k and size + 2 * p > d * (k - 1)
-            for size, k, p, d in zip(input.shape[2:], kernel, padding, dilation, strict=True)
+            0 <= 2 * window[4 + i] <= window[i]
+            and shape[2 + i] + 2 * window[4 + i] > window[6 + i] * (window[i] - 1)
+            for i in (0, 1)
         )

@@ -13,7 +13,7 @@ from resnet_fused.backends.native_conv import Wired
 from resnet_fused.checks import DTYPES
 from resnet_fused.modules.batch_norm import (
     affine,
-    update_running_statistics,
+    update_all_running_statistics,
     uses_batch_statistics,
 )
 from resnet_fused.modules.deferred import Deferred
@@ -38,7 +38,7 @@ class Training:
         if any(bn is None or not uses_batch_statistics(bn) for bn in norms):
             return None
         data = input.z if isinstance(input, Deferred) else input
-        weights = [t for c in convs for t in (c.weight, c.bias)]  # type: ignore[union-attr]
+        weights = [t for c in convs for t in (c.weight, c.bias)]
         data, *weights = cast_for_autocast(data.device, data, *weights)
         shapes = self._shapes(data, weights, convs, norms)
         if shapes is None:
@@ -51,9 +51,8 @@ class Training:
         if not any(t is not None and t.requires_grad for t in (data, *parameters)):
             return None
         output, *statistics = self._block(convs, norms)(data, parameters)
-        for i, bn in enumerate(norms):
-            count = shapes[i].numel() // shapes[i][1]
-            update_running_statistics(bn, statistics[2 * i], statistics[2 * i + 1], count)
+        counts = [shape.numel() // shape[1] for shape in shapes]
+        update_all_running_statistics(norms, statistics, counts)
         return output
 
     def _block(self, convs: Sequence[Any], norms: Sequence[nn.BatchNorm2d]) -> TrainBlock:

@@ -149,7 +149,7 @@ class _BlockFunction(torch.autograd.Function):
         with torch.no_grad():
             grads = _backward(ctx, grad, needs)
         if torch.is_grad_enabled():
-            grads = _NoSecondDerivative.apply(grad, *grads)
+            grads = SecondDerivative.forbid(grad, grads)
         return None, *grads
 
 
@@ -213,8 +213,13 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
     return tuple(found)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """The gradients of a block as they are, and an error for who differentiates them."""
+class SecondDerivative(torch.autograd.Function):
+    """Gradients as they are, and an error for who differentiates them."""
+
+    @staticmethod
+    def forbid(grad: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients that backward made of `grad`."""
+        return SecondDerivative.apply(grad, *grads)
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,8 @@ or in PyTorch's convolution, whichever is expected to be faster.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,13 @@ class Sums(NamedTuple):
     grad_residual: Tensor | None = None
 
 
+class Pooled(NamedTuple):
+    """A max-pool of act(bn(z)): where in its window each output was found, and the window."""
+
+    positions: Tensor
+    window: list[int]  # kernel_size, stride, padding and dilation, two numbers each
+
+
 class Gradient(NamedTuple):
     """The gradient of a convolution's output z, from that of act(bn(z)), not computed yet."""
 
@@ -90,12 +98,18 @@ class Gradient(NamedTuple):
     behind: Normalised
     sums: Sums  # over all processes
     values: int  # of a channel, in them
+    pooled: Pooled | None = None  # what `grad` is the gradient of, instead of act(bn(z))
 
     def tensor(self) -> Tensor:
         """The gradient of z."""
         n = self.behind
+        grad = (
+            self.grad
+            if self.pooled is None
+            else _ops._max_unpool(self.grad, self.pooled.positions, n.z, self.pooled.window)
+        )
         return _ops.bn_act_backward_input(
-            self.grad, n.z, n.mean, n.var, n.weight, n.bias, self.sums.grad_weight,
+            grad, n.z, n.mean, n.var, n.weight, n.bias, self.sums.grad_weight,
             self.sums.grad_bias, n.eps, n.act, n.negative_slope, self.values,
         )  # fmt: skip
 
@@ -116,20 +130,30 @@ def tensor_of(source: Source) -> Tensor:
 def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
     weight = conv.weight
-    if (
-        not x.is_cpu
-        or weight.dtype != x.dtype
-        or native_conv.unusable(x.dtype) is not None
-        or not is_channels_last(x)
-        or onednn.is_small(x.dtype, x.shape, weight, conv.groups)
-    ):
+    if not x.is_cpu or weight.dtype != x.dtype or not is_channels_last(x):
+        return _ALL_LIBRARY
+    return _choose(
+        tuple(x.shape), tuple(weight.shape), conv[2:], x.dtype, policy.current()
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    options: tuple[Any, ...],
+    dtype: torch.dtype,
+    precision: str,
+) -> TrainingAlgorithms:
+    stride, padding, dilation, groups = options
+    weight = torch.empty(kernel, device="meta")
+    if native_conv.unusable(dtype) is not None or onednn.is_small(dtype, size, weight, groups):
         return _ALL_LIBRARY
     problem = conv_choice.ConvProblem(
-        x.shape[0], x.shape[1], (x.shape[2], x.shape[3]), weight.shape[0],
-        (weight.shape[2], weight.shape[3]), conv.stride, conv.padding, conv.dilation, conv.groups,
-        x.dtype == torch.bfloat16,
+        size[0], size[1], (size[2], size[3]), kernel[0], (kernel[2], kernel[3]),
+        stride, padding, dilation, groups, dtype == torch.bfloat16,
     )  # fmt: skip
-    return conv_choice.choose_training(problem, policy.current())
+    return conv_choice.choose_training(problem, precision)
 
 
 def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +220,10 @@ def _before(source: Source) -> tuple[list[Tensor], float, str, float]:
 
 def _behind(gradient: Gradient | Tensor) -> tuple[object, ...]:
     if isinstance(gradient, Tensor):
-        return gradient, None, [], 0.0, "none", 0.0, 0
+        return gradient, None, [], 0.0, "none", 0.0, 0, None, []
     n, sums = gradient.behind, gradient.sums
     vectors = [*n.vectors(), sums.grad_weight, sums.grad_bias]
-    return gradient.grad, n.z, vectors, n.eps, n.act, n.negative_slope, gradient.values
+    return (
+        gradient.grad, n.z, vectors, n.eps, n.act, n.negative_slope, gradient.values,
+        *(gradient.pooled or (None, [])),
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+// The max-pool behind a convolution and its batch norm in training.
+//
+//     forward    y = max over the window of act(bn(z)), and a byte for where in the window it was
+//     backward   the gradients of the batch norm's weight and bias; z's own is computed where the
+//                convolution reads it (train_conv.cpp)
+//
+// The activation, the largest of a network, exists for a few images at a time only. In tensors that
+// cross memory: forward reads z and writes y, backward reads z twice. Eager PyTorch's batch norm,
+// activation and pool read or write 6 and 8 of z's size, and indices of twice y's size.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "max_pool.h"
+#include "train_norm.h"
+
+namespace resnet_fused {
+namespace {
+
+constexpr int64_t kPassBytes = int64_t(4) << 20;
+
+std::tuple<Tensor, Tensor> train_pool(const Tensor& input, const std::vector<Tensor>& vectors,
+                                      double eps, const std::string& act, double negative_slope,
+                                      const std::vector<int64_t>& window) {
+  constexpr const char* op = "_train_pool";
+  const PoolShape shape = pool_shape(op, input, window);
+  check(shape.kernel[0] * shape.kernel[1] <= kMostPositions, op, ": window must have at most ",
+        kMostPositions, " pixels");
+  const ScalarType dtype = input.scalar_type();
+  const Tensor z = dense(input, MemoryFormat::ChannelsLast);
+  const Norm norm(op, "vectors", vectors, eps, act, negative_slope, z);
+  check(static_cast<bool>(norm), op, ": vectors must be mean, var, weight and bias, got none");
+  const int64_t sizes[4] = {z.size(0), z.size(1), shape.out_height, shape.out_width};
+  Tensor output = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, dtype);
+  Tensor positions = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, ScalarType::Byte);
+  const Images from = images_of(z), to = images_of(output);
+  const int64_t step = std::max<int64_t>(1, kPassBytes / from.bytes());
+  const Workspace activation = from.workspace(step);
+  for (int64_t first = 0; first < from.count; first += step) {
+    const int64_t count = std::min(step, from.count - first);
+    norm.apply(at(z.const_data_ptr(), from, first), from, count, dtype, activation.data());
+    max_pool(activation.data(), at(output.mutable_data_ptr(), to, first),
+             static_cast<uint8_t*>(positions.mutable_data_ptr()) + first * to.pixels * to.channels,
+             shape, count, dtype);
+  }
+  return {output, positions};
+}
+
+std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& positions,
+                                           const Tensor& input, const std::vector<Tensor>& vectors,
+                                           double eps, const std::string& act,
+                                           double negative_slope,
+                                           const std::vector<int64_t>& window) {
+  constexpr const char* op = "_train_pool_sums";
+  const PoolShape shape = pool_shape(op, input, window);
+  const ScalarType dtype = input.scalar_type();
+  const Tensor z = dense(input, MemoryFormat::ChannelsLast);
+  const Tensor g = dense(grad, MemoryFormat::ChannelsLast);
+  const Tensor p = dense(positions, MemoryFormat::ChannelsLast);
+  check(g.scalar_type() == dtype && same_shape(g, p) && g.size(0) == z.size(0) &&
+            g.size(1) == z.size(1) && g.size(2) == shape.out_height && g.size(3) == shape.out_width,
+        op, ": grad and positions must have the shape of the pool's output, got ",
+        shape_text(g.sizes()), " and ", shape_text(p.sizes()));
+  const Norm norm(op, "vectors", vectors, eps, act, negative_slope, z);
+  check(static_cast<bool>(norm), op, ": vectors must be mean, var, weight and bias, got none");
+  const Images from = images_of(g), to = images_of(z);
+  const int64_t step = std::max<int64_t>(1, kPassBytes / to.bytes());
+  const Workspace spread = to.workspace(step);
+  std::vector<double> sum_grad(to.channels), sum_deviation(to.channels);
+  for (int64_t first = 0; first < to.count; first += step) {
+    const int64_t count = std::min(step, to.count - first);
+    max_unpool(
+        at(g.const_data_ptr(), from, first),
+        static_cast<const uint8_t*>(p.const_data_ptr()) + first * from.pixels * from.channels,
+        spread.data(), shape, count, dtype);
+    std::vector<double> part_grad(to.channels), part_deviation(to.channels);
+    BackwardSums(norm.backward(spread.data(), at(z.const_data_ptr(), to, first), nullptr),
+                 to.extent(count), dtype, norm.act, MaskFrom::input, to.channels)
+        .finish(part_grad.data(), part_deviation.data());
+    for (int64_t c = 0; c < to.channels; ++c) {
+      sum_grad[c] += part_grad[c];
+      sum_deviation[c] += part_deviation[c] * norm.values->rstd[c];
+    }
+  }
+  return {vector_of(sum_deviation), vector_of(sum_grad)};
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
+  m.def(
+      "_train_pool(Tensor input, Tensor[] vectors, float eps, str act, float negative_slope, "
+      "int[] window) -> (Tensor output, Tensor positions)");
+  m.def(
+      "_train_pool_sums(Tensor grad, Tensor positions, Tensor input, Tensor[] vectors, float eps, "
+      "str act, float negative_slope, int[] window) -> (Tensor grad_weight, Tensor grad_bias)");
+}
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("_train_pool", TORCH_BOX(&resnet_fused::train_pool));
+  m.impl("_train_pool_sums", TORCH_BOX(&resnet_fused::train_pool_sums));
+}

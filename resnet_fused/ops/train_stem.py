@@ -1,0 +1,123 @@
+"""conv → BN → activation → max-pool in training as one autograd function.
+
+The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the convolution's
+output and the pool's int64 indices; this function keeps the convolution's output and one byte
+for each of the pool's, and computes the activation, and in backward its gradient, a few images at
+a time (``csrc/cpu/train_pool.cpp``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import native_conv
+from resnet_fused.conv_choice import LIBRARY
+from resnet_fused.ops import train_conv
+from resnet_fused.ops.schema import is_channels_last
+from resnet_fused.ops.train_block import SecondDerivative
+from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Pooled, Sums
+
+_ops = torch.ops.resnet_fused
+
+_MOST_POSITIONS = 255  # csrc/cpu/max_pool.h
+
+
+class TrainStem(NamedTuple):
+    """The options of a stem; the window is kernel_size, stride, padding and dilation, two each."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    eps: float
+    act: str
+    negative_slope: float
+    window: tuple[int, ...]
+
+    def conv(self, weight: Tensor, bias: Tensor | None) -> Conv:
+        """The convolution with its parameters."""
+        return Conv(weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def runs(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether there are kernels for it."""
+        return (
+            input.is_cpu
+            and native_conv.unusable(input.dtype) is None
+            and is_channels_last(input)
+            and self.window[0] * self.window[1] <= _MOST_POSITIONS
+            and train_conv.choose(input, self.conv(weight, None)).weight != LIBRARY
+        )
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The pool's output, and mean and biased variance of the convolution's."""
+        return _StemFunction.apply(self, input, weight, bias, bn_weight, bn_bias)
+
+    def normalised(
+        self, z: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Normalised:
+        """What the pool reads."""
+        return Normalised(z, mean, var, weight, bias, self.eps, self.act, self.negative_slope)
+
+
+class _StemFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stem: TrainStem,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, mean, var = train_conv.forward(input, stem.conv(weight, bias))
+        value = stem.normalised(z, mean, var, bn_weight, bn_bias)
+        options = (value.eps, value.act, value.negative_slope, list(stem.window))
+        output, positions = _ops._train_pool(z, value.vectors(), *options)
+        ctx.stem = stem
+        ctx.save_for_backward(input, weight, bias, z, mean, var, bn_weight, bn_bias, positions)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        with torch.no_grad():
+            grads = _backward(ctx, grad)
+        if torch.is_grad_enabled():
+            grads = SecondDerivative.forbid(grad, grads)
+        return None, *grads
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_input, needs_weight, needs_bias, *needs_norm = ctx.needs_input_grad[1:]
+    stem: TrainStem = ctx.stem
+    input, weight, bias, *normalisation, positions = ctx.saved_tensors
+    value = stem.normalised(*normalisation)
+    options = (value.eps, value.act, value.negative_slope, list(stem.window))
+    sums = Sums(*_ops._train_pool_sums(grad, positions, value.z, value.vectors(), *options))
+    pooled = Pooled(positions, list(stem.window))
+    count = value.z.numel() // value.z.shape[1]
+    grad_input, grad_weight, _ = train_conv.backward(
+        Gradient(grad, value, sums, count, pooled), input, stem.conv(weight, bias),
+        residual=None, needs_input=needs_input, needs_weight=needs_weight,
+    )  # fmt: skip
+    return (
+        grad_input,
+        grad_weight,
+        torch.zeros_like(bias) if bias is not None and needs_bias else None,
+        sums.grad_weight if needs_norm[0] else None,
+        sums.grad_bias if needs_norm[1] else None,
+    )
