@@ -20,6 +20,8 @@ struct GradMatrix {
   int64_t a_stride, b_stride;
 };
 
+constexpr int64_t kMostJoined = 768;  // columns of all taps together
+
 struct WeightGradTask {
   ConvShape shape;    // groups = 1; the batch is what one call of add() takes
   const void* input;  // channels innermost, dense
@@ -74,13 +76,23 @@ class WeightGrad {
   bool is_finite() const { return is_finite_; }
 
  private:
+  int64_t row_chunk_units() const { return (task_.row_chunks() + chunks_ - 1) / chunks_; }
+  int64_t units() const { return row_chunk_units() * task_.column_panels(); }
+  int64_t unit_floats() const { return task_.matrices * chunks_ * 16 * kPanel; }
+  GradUnit unit(int64_t index, bool adds, float* sums) const;
+  void lay_out(int64_t first, int64_t count, int64_t at, GradMatrix* matrices) const;
+  void add_shared(int64_t rows, bool is_last, const WeightView& to);
+  void add_private(int64_t rows);
   void multiply(const std::vector<WeightGradBlock>& blocks, bool is_last, const WeightView& to);
+  void reduce(const WeightView& to);
 
   WeightGradTask task_;
-  int64_t chunks_;      // of a unit
-  int64_t block_rows_;  // most tiles or pixels of a block
-  int64_t blocks_;      // prepared at a time, at most
+  int64_t rows_of_image_;  // tiles or pixels
+  int64_t chunks_;         // of a unit
+  int64_t block_rows_;     // most tiles or pixels of a block
+  int64_t blocks_;         // prepared at a time, at most
   int64_t block_floats_;
+  int64_t workers_;    // that have sums of their own; 0 if each sum has one owner
   bool keeps_;         // sums outlive a call
   bool adds_ = false;  // there are some
   std::atomic<bool> is_finite_{true};

@@ -79,51 +79,33 @@ void copy_chunks(const T* from, int64_t count, float* to, int64_t stride) {
 
 // All taps' channels of one output pixel side by side: [row of the kernel][column][channel].
 template <class T>
-void copy_joined(const WeightGradTask& task, const T* image, int64_t y, int64_t x, float* to,
-                 int64_t stride) {
-  const T* const end = static_cast<const T*>(task.input) +
-                       task.shape.batch * task.shape.height * task.shape.width *
-                           task.shape.channels;
-  constexpr int64_t kLine = 256, kMostAtOnce = 64;
+void gather_taps(const WeightGradTask& task, const T* image, int64_t y, int64_t x, float* line) {
   const ConvShape& s = task.shape;
-  float line[kLine + kLanes];
-  float* next = line;
-  const auto make_room = [&] {
-    if (next - line <= kLine - kMostAtOnce) return;
-    const int64_t whole = (next - line) / 16 * 16, left = next - line - whole;
-    copy_chunks(line, whole, to, stride);
-    to += whole / 16 * stride;
-    for (int64_t i = 0; i < left; ++i) line[i] = line[whole + i];
-    next = line + left;
-  };
-  const int64_t first = x * s.stride[1] - s.padding[1];
-  const int64_t width = s.kernel[1] * s.channels;
-  for (int64_t r = 0; r < s.kernel[0]; ++r) {
+  const T* const end =
+      static_cast<const T*>(task.input) + s.batch * s.height * s.width * s.channels;
+  const int64_t first = x * s.stride[1] - s.padding[1], width = s.kernel[1] * s.channels;
+  const bool inside = s.dilation[1] == 1 && first >= 0 && first + s.kernel[1] <= s.width;
+  for (int64_t r = 0; r < s.kernel[0]; ++r, line += width) {
     const int64_t from_y = y * s.stride[0] - s.padding[0] + r * s.dilation[0];
-    const bool row_inside = from_y >= 0 && from_y < s.height;
-    const T* const row = image + from_y * s.width * s.channels;
-    if (row_inside && s.dilation[1] == 1 && first >= 0 && first + s.kernel[1] <= s.width &&
-        width <= kMostAtOnce) {
-      make_room();
-      const T* const from = row + first * s.channels;
-      if (from + kMostAtOnce <= end) {  // whole vectors; what is too much, the next row overwrites
-        for (int64_t i = 0; i < width; i += kLanes) store(next + i, load(from + i));
-      } else {
-        for (int64_t i = 0; i < width; ++i) next[i] = as_float(from[i]);
-      }
-      next += width;
+    if (from_y < 0 || from_y >= s.height) {
+      for (int64_t i = 0; i < width; ++i) line[i] = 0.0f;
       continue;
     }
-    for (int64_t c = 0; c < s.kernel[1]; ++c) {  // of fewer than 16 channels
-      make_room();
+    const T* const row = image + from_y * s.width * s.channels;
+    const T* const from = row + first * s.channels;
+    if (inside && from + width + kLanes <= end) {
+      // Whole vectors: what is too much, the next row overwrites.
+      for (int64_t i = 0; i < width; i += kLanes) store(line + i, load(from + i));
+      continue;
+    }
+    for (int64_t c = 0; c < s.kernel[1]; ++c) {
       const int64_t from_x = first + c * s.dilation[1];
-      const bool inside = row_inside && from_x >= 0 && from_x < s.width;
+      const bool is_there = from_x >= 0 && from_x < s.width;
       for (int64_t i = 0; i < s.channels; ++i) {
-        *next++ = inside ? as_float(row[from_x * s.channels + i]) : 0.0f;
+        line[c * s.channels + i] = is_there ? as_float(row[from_x * s.channels + i]) : 0.0f;
       }
     }
   }
-  copy_chunks(line, next - line, to, stride);
 }
 
 template <class T>
@@ -131,17 +113,25 @@ void copy_grad_pixels(const WeightGradTask& task, const WeightGradBlock& block, 
                       int64_t end) {
   const ConvShape& s = task.shape;
   const T* const zeros = static_cast<const T*>(task.zeros);
-  const bool joins = task.joins_taps();
+  const GradMatrix& a = block.matrices[0];
+  // Some pixels at a time: a load of what several stores have just written would wait for them.
+  constexpr int64_t kPixels = 8;
+  float lines[kPixels][kMostJoined + 16];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t pixel = block.first + row;
     const int64_t x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
     const T* const image = static_cast<const T*>(task.input) +
                            pixel / (s.out_width * s.out_height) * s.height * s.width * s.channels;
-    const GradMatrix& a = block.matrices[0];
     copy_chunks(static_cast<const T*>(task.grad) + pixel * s.out_channels, s.out_channels,
                 task.workspace + a.a + row * 16, a.a_stride);
-    if (joins) {
-      copy_joined<T>(task, image, y, x, task.workspace + a.b + row * 16, a.b_stride);
+    if (task.joins_taps()) {
+      const int64_t waiting = (row - begin) % kPixels;
+      gather_taps(task, image, y, x, lines[waiting]);
+      if (waiting + 1 < kPixels && row + 1 < end) continue;
+      for (int64_t i = 0; i <= waiting; ++i) {
+        copy_chunks(lines[i], task.columns, task.workspace + a.b + (row - waiting + i) * 16,
+                    a.b_stride);
+      }
       continue;
     }
     for (int64_t r = 0; r < s.kernel[0]; ++r) {

@@ -1,7 +1,7 @@
 """conv → BN → activation → max-pool in training as one autograd function.
 
-The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the convolution's
-output and the pool's int64 indices; this function keeps the convolution's output and one byte
+The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the
+convolution's output and the pool's int64 indices; this function keeps the convolution's output and one byte
 for each of the pool's, and computes the activation, and in backward its gradient, a few images at
 a time (``csrc/cpu/train_pool.cpp``).
 """
