@@ -39,6 +39,7 @@ _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
 _GATHER_COST = 50  # of a kernel's nine weights being brought together there
+_PAIRING_COST = 800  # of a kernel's nine weights becoming rounded pairs of 16 or 25 in the call
 _LATE_TILES = 14  # for which they are transformed once
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
@@ -148,7 +149,7 @@ def multiplies_bf16(problem: ConvProblem, algorithm: str) -> bool:
     data would cost three times eager's error, so it computes bfloat16 data in float32 and is the
     most exact of all.
     """
-    return problem.bf16 and algorithm not in ("winograd4", "grouped")
+    return problem.bf16 and algorithm not in ("winograd4", "winograd4_late", "grouped")
 
 
 def cost(problem: ConvProblem, algorithm: str) -> float:
@@ -222,42 +223,52 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     """
     if problem.groups > 1:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+    # Of bfloat16 pairs the sums over pixels are PyTorch's: ours multiply in float32.
+    gemm = LIBRARY if problem.bf16 else "gemm"
     if problem.channels < _LEAST_CHANNELS:
         # The gradient of an image is seldom wanted, and not by whom speed matters to.
-        return TrainingAlgorithms("direct", LIBRARY, "gemm")
+        return TrainingAlgorithms(LIBRARY if problem.bf16 else "direct", LIBRARY, gemm)
+    if problem.bf16 and (problem.channels % 2 or problem.out_channels % 2):
+        return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
     winograd = (
         policy == "default"
         and problem.kernel == (3, 3)
         and problem.dilation == (1, 1)
         and problem.stride in ((1, 1), (2, 2))
     )
-    rows, columns = (
-        d * (k - 1) - p
-        for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True)
-    )
-    turned = replace(
-        problem,
-        channels=problem.out_channels,
-        out_channels=problem.channels,
-        size=problem.out_size,
-        padding=(rows, columns),
-    )
     if problem.stride == (1, 1):
+        rows, columns = (
+            d * (k - 1) - p
+            for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True)
+        )
+        turned = replace(
+            problem,
+            channels=problem.out_channels,
+            out_channels=problem.channels,
+            size=problem.out_size,
+            padding=(rows, columns),
+        )
         input = _quick(turned, winograd) if min(rows, columns) >= 0 else LIBRARY
     else:
         input = "direct" if problem.dilation == (1, 1) else LIBRARY
-    return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else "gemm")
+    return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else gemm)
 
 
 def _quick(problem: ConvProblem, winograd: bool) -> str:
-    admitted = ("direct", *(("winograd4", "winograd4_late") if winograd else ()))
+    admitted = ["direct"]
+    if winograd:
+        admitted += ["winograd4", "winograd4_late"]
+    if winograd and problem.bf16 and problem.channels >= _LEAST_ROUNDED_CHANNELS:
+        admitted.append("winograd2" if problem.stride == (1, 1) else "winograd3")
     return min(admitted, key=lambda a: cost(problem, a) + _packing_cost(problem, a))
 
 
 def _packing_cost(problem: ConvProblem, algorithm: str) -> float:
     """What an algorithm costs more in training, where its weights are packed in every call."""
     kernels = problem.channels * math.ceil(problem.out_channels / _PANEL) * _PANEL
-    if algorithm == "winograd4":
+    if algorithm in ("winograd2", "winograd3", "winograd4"):
+        if multiplies_bf16(problem, algorithm):
+            return kernels * _PAIRING_COST
         return kernels * _LATE_COST + _weight_cost(36 * kernels)
     if algorithm == "winograd4_late":
         height, width = problem.out_size

@@ -8,20 +8,9 @@
 
 #include "pack_weights.h"
 #include "parallel.h"
-#include "winograd.h"
 
 namespace resnet_fused {
 namespace {
-
-// winograd4_late takes the weights where they are.
-size_t packed_floats(Algorithm algorithm, const WeightView& w) {
-  if (algorithm == Algorithm::winograd4_late) return 0;
-  if (algorithm == Algorithm::winograd4) {
-    return winograd_packed_words(w.outputs, w.inputs, 1, 4, false);
-  }
-  const int64_t panels = (w.outputs + kPanel - 1) / kPanel;
-  return static_cast<size_t>(panels * kPanel * w.inputs * w.taps());
-}
 
 // The taps of one dimension that pixel `phase` (of `stride`) sees, the last one first, and how far
 // before the pixel's own place in the output the first of them reads.
@@ -38,16 +27,21 @@ struct Taps {
 
 }  // namespace
 
+bool multiplies_pairs(Algorithm algorithm, bool is_bf16) {
+  return is_bf16 && algorithm != Algorithm::winograd4 && algorithm != Algorithm::winograd4_late;
+}
+
 PackedNow::PackedNow(Algorithm algorithm, const ConvShape& shape, const WeightView& w,
                      const float* shift, bool is_bf16, const int64_t* output_strides)
     : algorithm_(algorithm), arguments_{} {
-  const size_t floats = packed_floats(algorithm, w);
-  packed_ = Workspace(floats + static_cast<size_t>(w.outputs));
-  if (floats > 0) pack_weights(algorithm, w, shape.stride[0], packed_.data());
-  float* const own_shift = packed_.data() + floats;
+  arguments_.pairs = multiplies_pairs(algorithm, is_bf16);
+  const size_t words = quick_words(algorithm, w, arguments_.pairs);
+  packed_ = Workspace(words + static_cast<size_t>(w.outputs));
+  if (words > 0) pack_weights(algorithm, w, shape.stride[0], arguments_.pairs, packed_.data());
+  float* const own_shift = packed_.data() + words;
   for (int64_t i = 0; i < w.outputs; ++i) own_shift[i] = shift == nullptr ? 0.0f : shift[i];
   arguments_.shape = shape;
-  arguments_.packed = floats > 0 ? packed_.data() : nullptr;
+  arguments_.packed = words > 0 ? packed_.data() : nullptr;
   arguments_.shift = own_shift;
   arguments_.act = Activation::none;
   arguments_.is_bf16 = is_bf16;

@@ -10,6 +10,9 @@
 
 namespace resnet_fused {
 
+// Whether weights are rounded to bfloat16 and multiplied in pairs.
+bool multiplies_pairs(Algorithm algorithm, bool is_bf16);
+
 // output = conv(input, weight) + shift [+ residual]
 class PackedNow {
  public:

@@ -20,7 +20,9 @@
 #include <vector>
 
 #include "batch_statistics.h"
+#include "isa.h"
 #include "max_pool.h"
+#include "pack_weights.h"
 #include "packed_now.h"
 #include "train_norm.h"
 #include "weight_grad.h"
@@ -80,10 +82,16 @@ int64_t images_of_a_pass(const ConvShape& s, int64_t element) {
 Algorithm parse_quick(const char* op, const std::string& name, const ConvShape& shape,
                       const Tensor& weight, bool is_bf16) {
   const Algorithm algorithm = parse_algorithm(op, name);
-  check(algorithm == Algorithm::direct || algorithm == Algorithm::winograd4 ||
-            algorithm == Algorithm::winograd4_late,
-        op, ": training takes direct, winograd4 or winograd4_late, got ", name);
-  check_weight(op, weight, 1, algorithm, false);
+  const bool pairs = multiplies_pairs(algorithm, is_bf16);
+  check(packs_quickly(algorithm, pairs), op,
+        ": training takes direct, winograd4, winograd4_late "
+        "and, for bfloat16 data, winograd2 and winograd3, got ",
+        name);
+  // Whole pairs only: few channels that do not come in pairs are paired along the kernel's row.
+  check(!pairs || shape.channels % 2 == 0, op, ": ", name,
+        " takes an even number of channels beside bfloat16 data, got ", shape.channels);
+  check(!pairs || isa() == Isa::avx512_bf16, op, ": bfloat16 data need AVX512_BF16 for ", name);
+  check_weight(op, weight, 1, algorithm, pairs);
   check_geometry(op, shape, algorithm, is_bf16);
   return algorithm;
 }

@@ -58,6 +58,7 @@ class Stem:
         data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
         if not sound(data, weight, bias, conv, None):
             return None
+        weight, bias = conv.weight, conv.bias
         padding = conv_padding(conv)
         assert padding is not None  # the matcher leaves such convolutions alone
         size = conv_output_size(data.shape, weight, conv.stride, padding, conv.dilation)
@@ -75,7 +76,7 @@ class Stem:
             (conv.dilation[0], conv.dilation[1]), conv.groups,
             bn.eps, self.conv.after.act, self.conv.after.negative_slope, window,
         )  # fmt: skip
-        if not stem.runs(data, weight):
+        if not stem.runs(data):
             return None
         output, mean, var = stem(data, weight, bias, *affine(bn, data))
         update_all_running_statistics([bn], [mean, var], [size[0] * size[2] * size[3]])

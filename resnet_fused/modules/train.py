@@ -39,7 +39,7 @@ class Training:
             return None
         data = input.z if isinstance(input, Deferred) else input
         weights = [t for c in convs for t in (c.weight, c.bias)]
-        data, *weights = cast_for_autocast(data.device, data, *weights)
+        (data,) = cast_for_autocast(data.device, data)
         shapes = self._shapes(data, weights, convs, norms)
         if shapes is None:
             return None
@@ -78,9 +78,14 @@ class Training:
         """The shape of each convolution's output; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
             return None
+        # Autocast would cast the parameters; what needs them so does it itself.
+        kind = data.device.type
+        casts = torch.is_autocast_enabled(kind) and data.dtype == torch.get_autocast_dtype(kind)
         for t in (data, *weights):
             if t is not None and not (
-                t.dtype == data.dtype and t.device == data.device and t.layout == torch.strided
+                (t.dtype == data.dtype or (casts and t.dtype == torch.float32))
+                and t.device == data.device
+                and t.layout == torch.strided
             ):
                 return None
         shapes: list[torch.Size] = [data.shape, torch.Size()]

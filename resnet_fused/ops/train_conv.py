@@ -25,7 +25,10 @@ _ALL_LIBRARY = TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
 
 
 class Conv(NamedTuple):
-    """A convolution's options and parameters."""
+    """A convolution's options and parameters.
+
+    Under autocast these are the model's own, in float32 beside data of another dtype.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -33,6 +36,11 @@ class Conv(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+    def in_dtype(self, dtype: torch.dtype) -> Conv:
+        """The same with parameters that PyTorch's convolution takes beside data of a dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
 
     @property
     def geometry(self) -> list[int]:
@@ -130,7 +138,7 @@ def tensor_of(source: Source) -> Tensor:
 def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
     weight = conv.weight
-    if not x.is_cpu or weight.dtype != x.dtype or not is_channels_last(x):
+    if not x.is_cpu or not is_channels_last(x):
         return _ALL_LIBRARY
     return _choose(
         tuple(x.shape), tuple(weight.shape), conv[2:], x.dtype, policy.current()
@@ -158,13 +166,13 @@ def _choose(
 
 def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(source), and the mean and biased variance of its channels."""
-    algorithm = choose(data_of(source), conv).output
+    data = data_of(source)
+    algorithm = choose(data, conv).output
     if algorithm == LIBRARY:
-        z = torch.conv2d(tensor_of(source), *conv)
+        z = torch.conv2d(tensor_of(source), *conv.in_dtype(data.dtype))
         return z, *_ops.batch_statistics(z)
-    return _ops._train_conv(
-        data_of(source), *_before(source), conv.weight, conv.bias, conv.geometry, algorithm
-    )
+    weight, bias = conv.in_dtype(torch.float32)[:2]
+    return _ops._train_conv(data, *_before(source), weight, bias, conv.geometry, algorithm)
 
 
 def backward(
@@ -190,7 +198,8 @@ def backward(
     grad_input = grad_weight = sums = None
     if own_input or own_weight:
         grad_input, grad_weight, *both = _ops._train_conv_backward(
-            *_behind(gradient), data_of(source), *_before(source), conv.weight, conv.geometry,
+            *_behind(gradient), data_of(source), *_before(source),
+            conv.weight.to(torch.float32), conv.geometry,
             residual if own_input else None,
             chosen.input if own_input else "none", chosen.weight if own_weight else "none",
         )  # fmt: skip
@@ -198,7 +207,7 @@ def backward(
             sums = Sums(*both)
     if any(library):
         by_library = torch.ops.aten.convolution_backward(
-            gradient, tensor_of(source), conv.weight, None,
+            gradient, tensor_of(source), conv.weight.to(data_of(source).dtype), None,
             conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, [*library, False],
         )  # fmt: skip
         if library[0]:
