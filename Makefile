@@ -9,6 +9,7 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:fp32 wide_resnet50_2:16:fp32 \
 	resnet18:16:bf16 resnet18:1:bf16 resnet50:16:bf16 resnet50:1:bf16 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
+TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
 .PHONY: demo test sanitize lint format bench gpu clean
 
@@ -54,8 +55,10 @@ bench: .venv/.ready
 			--json $(RESULTS)/cpu_$$1_b$$2_$$3.json || exit 1; done
 	$(BIN)/python benchmarks/bench_conv_bn_act.py --json $(RESULTS)/cpu_layers_b16_fp32.json \
 		--plot $(RESULTS)/cpu_layers_b16_fp32.png
-	$(BIN)/resnet-fused bench resnet18 --batch-size 16 --image-size 112 --mode training \
-		--peers channels_last,compile --json $(RESULTS)/cpu_resnet18_training.json
+	for case in $(TRAINING); do set -- $$(echo $$case | tr : ' '); \
+		$(BIN)/resnet-fused bench $$1 --batch-size 16 --image-size $$2 --dtype $$3 --mode training \
+			--peers channels_last,compile,fused_low \
+			--json $(RESULTS)/cpu_training_$$1_$$2_$$3.json || exit 1; done
 
 # On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured.
 gpu:

@@ -237,7 +237,7 @@ def spoil(y: torch.Tensor, what: str) -> torch.Tensor:
 def test_a_wrong_variant_gets_no_speed(
     monkeypatch: pytest.MonkeyPatch, what: str, mode: str, message: str
 ) -> None:
-    def wrong_fuse(model: nn.Module, *, inplace: bool) -> nn.Module:
+    def wrong_fuse(model: nn.Module, *, inplace: bool, memory: str) -> nn.Module:
         right = model.forward
         model.forward = lambda x: spoil(right(x), what)
         return model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fuse, models
-from resnet_fused.backends import native, native_conv
+from resnet_fused.backends import native_conv
 
 TRIES = 3
 
@@ -83,14 +83,14 @@ def test_inference(name: str, batch: int, size: int, at_least: float) -> None:
     assert_faster(inference(plain, x), inference(fused, x), at_least, rounds=7)
 
 
-def test_training() -> None:
-    if native.reason is not None:
-        pytest.skip(f"the compiled kernels are missing: {native.reason}")
-    plain, fused = pair("resnet18", training=True)
+@pytest.mark.parametrize(("name", "at_least"), [("resnet18", 1.35), ("resnet50", 1.12)])
+def test_training(name: str, at_least: float) -> None:
+    if native_conv.unusable(torch.float32):
+        pytest.skip(f"expected of the library's own kernels: {native_conv.unusable(torch.float32)}")
+    plain, fused = pair(name, training=True)
     x = torch.randn(16, 3, 112, 112).contiguous(memory_format=torch.channels_last)
-    # Convolutions, the library's on both sides, are 87 % of the step, so 1.04 is the most that is
-    # to be had; half of that is within the noise. What is held is that nothing is lost.
-    assert_faster(step(plain, x), step(fused, x), 0.95, rounds=5)
+    # Expected: 1.75 and 1.3.
+    assert_faster(step(plain, x), step(fused, x), at_least, rounds=5)
 
 
 def test_first_call_is_quick() -> None:
@@ -106,9 +106,7 @@ def test_first_call_is_quick() -> None:
 
 
 def test_memory_held_for_backward() -> None:
-    """What autograd keeps of a training step: at most 0.8 of eager's, tensors counted once per
-    storage.
-    """
+    """What autograd keeps of a training step beside eager's, tensors counted once per storage."""
 
     def held(model: nn.Module) -> int:
         own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -125,4 +123,6 @@ def test_memory_held_for_backward() -> None:
         return sum(kept.values())
 
     plain, fused = pair("resnet18", training=True)
-    assert held(fused) <= 0.8 * held(plain)
+    eager = held(plain)
+    assert held(fused) <= 0.78 * eager
+    assert held(fuse(plain, memory="low")) <= 0.6 * eager

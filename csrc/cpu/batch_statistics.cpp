@@ -13,8 +13,8 @@
 namespace resnet_fused {
 namespace {
 
-// Chan's update in two steps: the mean of the means, then every chunk's distance from it. Written
-// so that an infinite sample gives mean = Inf, var = NaN, as in PyTorch, not NaN for both.
+// Chan's update in two steps: the mean of the means, then every chunk's distance from it. An infinite
+// sample gives mean = Inf and var = NaN, as in PyTorch.
 void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t channels,
              int64_t begin, int64_t end, double* mean, double* var) {
   const int64_t copies = chunks.extent.channels / channels;
@@ -25,10 +25,8 @@ void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t cha
     for (int64_t c = begin; c < end; ++c) {
       double& chunk_mean = partial.shift[row * channels + c];
       const double left = partial.deviation[row * channels + c];
-      if (std::isfinite(left)) {
-        chunk_mean += left / length;
-        partial.moment[row * channels + c] -= left * left / length;
-      }
+      chunk_mean += left / length;
+      partial.moment[row * channels + c] -= left * left / length;
       mean[c] += chunk_mean * length;
     }
   }

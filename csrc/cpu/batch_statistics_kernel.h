@@ -40,7 +40,8 @@ void partial_statistics(const PartialStatistics& partial, const Chunks& chunks, 
     if (sample.length > unit.length) sample.length = unit.length;
     add(sample);
     for (int64_t j = 0; j < width; ++j) {
-      shift[j] = static_cast<A>(deviation[j] / static_cast<double>(sample.length));
+      const double mean = deviation[j] / static_cast<double>(sample.length);
+      shift[j] = mean - mean == 0.0 ? static_cast<A>(mean) : 0;  // no infinity minus another
       deviation[j] = moment[j] = 0;
     }
     add(unit);

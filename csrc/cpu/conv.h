@@ -32,6 +32,7 @@ struct ConvArguments {
   float negative_slope;
   bool is_bf16;  // the data
   bool pairs;    // the packed weights
+  bool exact;    // Winograd's long sums in parts, whose error is smaller
   // From image to image, row to row and pixel to pixel of the output, in pixels; zeros: dense. Only
   // direct convolution takes others.
   int64_t output_strides[3];

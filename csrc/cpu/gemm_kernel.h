@@ -107,25 +107,20 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
   }
 }
 
-// c[row][32] = A B, or c += A B
+// c[row][32] = A B, or c += A B: the product is a sum of its own, since the error grows with the
+// length of a chain.
 template <class Element, int kRows>
 void gemm_to_memory(const GemmRows& a, const float* b, int64_t depth, ReadAhead ahead, bool adds,
                     float* c) {
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
     Vector sums[kRows][2] = {};
-    if (adds) {
-#pragma GCC unroll 14
-      for (int r = 0; r < kRows; ++r) {
-        sums[r][0] = load(c + r * kPanel + column);
-        sums[r][1] = load(c + r * kPanel + column + kLanes);
-      }
-    }
     NothingExpected none;
     gemm_add<Element, kRows>(sums, a, b + column, depth, ahead, none);
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r) {
-      store(c + r * kPanel + column, sums[r][0]);
-      store(c + r * kPanel + column + kLanes, sums[r][1]);
+      float* const to = c + r * kPanel + column;
+      store(to, adds ? load(to) + sums[r][0] : sums[r][0]);
+      store(to + kLanes, adds ? load(to + kLanes) + sums[r][1] : sums[r][1]);
     }
   }
 }

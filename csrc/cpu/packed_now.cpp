@@ -45,6 +45,7 @@ PackedNow::PackedNow(Algorithm algorithm, const ConvShape& shape, const WeightVi
   arguments_.shift = own_shift;
   arguments_.act = Activation::none;
   arguments_.is_bf16 = is_bf16;
+  arguments_.exact = !is_bf16;
   if (output_strides != nullptr) std::copy_n(output_strides, 3, arguments_.output_strides);
   plain_ = {
       w.data, false, {w.output_stride, w.input_stride, w.tap_stride[0], w.tap_stride[1]}, nullptr};

@@ -270,13 +270,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
     }
     if (needs_weight) add_weights(dz, first, count);
   }
+  // Infinities have met zeros beside the image, or spread over their tiles: not what eager PyTorch
+  // gives. An empty gradient says that its convolution has to do it.
   if (needs_weight && !weights->is_finite()) {
-    // An infinity has made everything of its tiles NaN; the definition keeps it where it belongs.
-    weights.emplace(shape, false, is_bf16, step);
-    for (int64_t first = 0; first < shape.batch; first += step) {
-      const int64_t count = std::min(step, shape.batch - first);
-      add_weights(gradient.of(first, count), first, count);
-    }
+    grad_weight = pool_empty({&none, 1}, MemoryFormat::Contiguous, ScalarType::Float);
   }
   std::vector<double> sum_grad(sums ? from.channels : 0), sum_deviation(sums ? from.channels : 0);
   if (sums) sums->finish(sum_grad.data(), sum_deviation.data());

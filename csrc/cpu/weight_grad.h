@@ -61,7 +61,7 @@ using GradMultiplyKernel = void (*)(const WeightGradTask& task,
                                     const GradUnit& unit);
 
 // The taps' gradients from the sums.
-// False if one is NaN or infinite, which a tile's transform spreads further than it belongs.
+// False if one is NaN or infinite.
 using GradStoreKernel = bool (*)(const WeightGradTask& task, const GradUnit& unit,
                                  const WeightView& to);
 
@@ -72,7 +72,7 @@ class WeightGrad {
   WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int64_t most_images);
   // After the last part the gradient is in `to`, whose numbers are written.
   void add(const void* input, const void* grad, int64_t images, bool is_last, const WeightView& to);
-  // Whether the gradient, where Winograd made it, has neither NaN nor infinities.
+  // Whether the gradient has neither NaN nor infinities. Those may be where they do not belong.
   bool is_finite() const { return is_finite_; }
 
  private:

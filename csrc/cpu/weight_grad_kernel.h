@@ -251,6 +251,14 @@ inline int64_t tap_offset(const WeightView& w, int64_t tap) {
   return tap / w.kernel[1] * w.tap_stride[0] + tap % w.kernel[1] * w.tap_stride[1];
 }
 
+DEVICE_INLINE bool is_zero(Vector value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  bool zero = true;
+  for (int i = 0; i < kLanes; ++i) zero &= lanes[i] == 0.0f;
+  return zero;
+}
+
 template <int kStride>
 bool store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
   const int64_t point = unit.chunks * 16 * kPanel;
@@ -292,23 +300,22 @@ bool store_winograd_grads(const WeightGradTask& task, const GradUnit& unit, cons
     }
   }
   finish_streams();
-  float lanes[kLanes];
-  store(lanes, check);
-  for (const float lane : lanes) {
-    if (lane != lane) return false;
-  }
-  return true;
+  return is_zero(check);
 }
 
 inline bool store_grads(const WeightGradTask& task, const GradUnit& unit, const WeightView& to) {
   const int64_t first = unit.panel * kPanel;
   const int64_t count = task.columns - first < kPanel ? task.columns - first : kPanel;
   float* const data = const_cast<float*>(to.data);
+  Vector check{};
   for (int64_t m = 0; m < task.matrices; ++m) {
     for (int64_t row = 0; row < unit.chunks * 16; ++row) {
       const int64_t k = unit.chunk * 16 + row;
       if (k >= task.shape.out_channels) break;
       const float* const values = unit.sums + (m * unit.chunks * 16 + row) * kPanel;
+      for (int lane = 0; lane < kPanel; lane += kLanes) {
+        if (lane < count) check += load(values + lane) * 0.0f;
+      }
       float* const own = data + k * to.output_stride;
       if (!task.joins_taps()) {
         store_taps(values, count, own + first * to.input_stride + tap_offset(to, m),
@@ -323,7 +330,7 @@ inline bool store_grads(const WeightGradTask& task, const GradUnit& unit, const 
     }
   }
   finish_streams();
-  return true;
+  return is_zero(check);
 }
 
 inline GradPrepareKernel grad_prepare_kernel(const WeightGradTask& task) {

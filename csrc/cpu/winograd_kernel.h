@@ -21,17 +21,23 @@ template <class Element>
 using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6>;
 #endif
 
-// One weight's matrix, or so many channels of it, which are added to what is there.
+// One weight's matrix, or so many channels of it, which are added to what is there. No sum has more
+// than `chain` products.
 template <class Element>
 void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
-              const ReadAhead& ahead, bool adds, float* products) {
+              int64_t chain, const ReadAhead& ahead, bool adds, float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    const float* first = transformed + begin * 16;
-    const ReadAhead mine{ahead.next + part * 16, part < 2 ? ahead.step : 0};  // one line of two
-    Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16}, weights,
-                                             depth, mine, adds, products + begin * kPanel);
+    ReadAhead mine{ahead.next + part * 16, part < 2 ? ahead.step : 0};  // one line of two
+    for (int64_t k = 0; k < depth; k += chain) {
+      const int64_t length = depth - k < chain ? depth - k : chain;
+      const float* first = transformed + begin * 16 + k * rows;
+      Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16},
+                                               weights + k * kPanel, length, mine, adds || k > 0,
+                                               products + begin * kPanel);
+      mine.next += length * mine.step;
+    }
   }
 }
 
@@ -89,7 +95,7 @@ void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_
                                   ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
                                   : ReadAhead{matrix + depth * kPanel, kPanel};
       multiply<Element>(workspace + block.inputs[w] + first * block.rows[w], block.rows[w], matrix,
-                        length, ahead, first > 0, workspace + block.products[w]);
+                        length, task.chain(), ahead, first > 0, workspace + block.products[w]);
     }
   }
 }

@@ -46,7 +46,19 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """What convolutions compute in."""
         return DTYPES[self.dtype]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that autocast gives a training step, whose parameters stay float32."""
+        lower = self.mode == "training" and self.torch_dtype != torch.float32
+        return self.torch_dtype if lower else None
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """The dtype of parameters and images."""
+        return torch.float32 if self.mode == "training" else self.torch_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

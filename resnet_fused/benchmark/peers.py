@@ -5,6 +5,7 @@ eager_channels_last: the same in channels_last (NHWC)
 compile: torch.compile in channels_last, for inference on the CPU with freezing
 onnxruntime, openvino: exported to ONNX and run by that library on the CPU
 fused: resnet_fused.fuse of the channels_last model
+fused_low: the same with memory="low", for training
 
 Each has a copy of the weights of its own, so none finds another's packed.
 """
@@ -31,7 +32,9 @@ import resnet_fused
 from .case import BenchmarkError, Case
 from .inputs import random_labels
 
-VARIANTS = ("eager", "eager_channels_last", "compile", "onnxruntime", "openvino", "fused")
+VARIANTS = (
+    "eager", "eager_channels_last", "compile", "onnxruntime", "openvino", "fused", "fused_low",
+)  # fmt: skip
 ALIASES = {"channels_last": "eager_channels_last"}
 _RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
@@ -57,17 +60,25 @@ class TorchVariant:
 
     Args:
         run: what is called; `model` itself, or what torch.compile made of it.
+        autocast: the dtype that forward runs in under torch.autocast, None for the model's own.
     """
 
     memory_shows = True
 
     def __init__(
-        self, model: nn.Module, images: Tensor, *, training: bool, run: nn.Module | None = None
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        training: bool,
+        run: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.images = images
         self.training = training
         self.run = model if run is None else run
+        self.autocast = autocast
         self.labels: Tensor | None = None
 
     def __call__(self) -> object:
@@ -78,7 +89,7 @@ class TorchVariant:
 
     def forward_loss(self) -> Tensor:
         """The forward half of a training step on its own images."""
-        return F.cross_entropy(*self._logits_and_labels(self.images))
+        return self._loss(self.images)[0]
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         images = images.to(self.images).contiguous(memory_format=_memory_format(self.images))
@@ -93,15 +104,17 @@ class TorchVariant:
 
     def _train(self, images: Tensor) -> Tensor:
         self.model.zero_grad(set_to_none=True)
-        logits, labels = self._logits_and_labels(images)
-        F.cross_entropy(logits, labels).backward()
+        loss, logits = self._loss(images)
+        loss.backward()
         return logits
 
-    def _logits_and_labels(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = _logits(self.run(images))
-        if self.labels is None:
-            self.labels = random_labels(logits)
-        return logits, self.labels
+    def _loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        kind = images.device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+            logits = _logits(self.run(images))
+            if self.labels is None:
+                self.labels = random_labels(logits)
+            return F.cross_entropy(logits, self.labels), logits
 
 
 class RuntimeVariant:
@@ -148,6 +161,8 @@ def parse_peers(text: str, case: Case) -> tuple[str, ...]:
 
 def why_not(name: str, case: Case) -> str | None:
     """Why `name` cannot take part in `case`; None if it can."""
+    if name == "fused_low" and case.mode != "training":
+        return "fused_low is for training; leave it out or use --mode training"
     if name not in _RUNTIMES:
         return None
     if case.mode == "training":
@@ -173,21 +188,24 @@ def make_variant(name: str, model: nn.Module, images: Tensor, case: Case) -> Var
         raise BenchmarkError(reason)
     model = copy.deepcopy(model)
     training = case.mode == "training"
+    kind: dict[str, Any] = {"training": training, "autocast": case.autocast_dtype}
     if name == "eager":
-        return TorchVariant(model, images, training=training)
+        return TorchVariant(model, images, **kind)
     if name in _RUNTIMES:
         runtime = _onnxruntime if name == "onnxruntime" else _openvino
         return RuntimeVariant(runtime(model, images, case), images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=torch.channels_last)
-    if name == "fused":
-        return TorchVariant(resnet_fused.fuse(model, inplace=True), images, training=training)
+    if name in ("fused", "fused_low"):
+        memory = "low" if name == "fused_low" else "default"
+        fused = resnet_fused.fuse(model, inplace=True, memory=memory)
+        return TorchVariant(fused, images, **kind)
     if name == "compile":
         torch.compiler.reset()  # else a second case of one process counts as a recompilation
         options: Any = {"freezing": True} if not training and case.device == "cpu" else None
         compiled: Any = torch.compile(model, options=options)
-        return TorchVariant(model, images, training=training, run=compiled)
-    return TorchVariant(model, images, training=training)
+        return TorchVariant(model, images, run=compiled, **kind)
+    return TorchVariant(model, images, **kind)
 
 
 def _onnxruntime(

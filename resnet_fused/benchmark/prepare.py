@@ -46,7 +46,7 @@ def prepare_model(model: nn.Module, images: Tensor, case: Case) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
     training = case.mode == "training"
-    return model.train(training).to(device=case.device, dtype=case.torch_dtype)
+    return model.train(training).to(device=case.device, dtype=case.data_dtype)
 
 
 def is_untrained(model: nn.Module) -> bool:

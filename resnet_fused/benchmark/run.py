@@ -88,7 +88,7 @@ def run_case(
             random_images(case.batch_size, case.image_size, seed=1 + i)
             for i in range(_GRADIENT_TRIALS - 1)
         ]
-    inputs = trials[0].to(device=device, dtype=case.torch_dtype)
+    inputs = trials[0].to(device=device, dtype=case.data_dtype)
 
     entries: dict[str, _Entry] = {}
     for name in variants:
@@ -157,7 +157,7 @@ def _judge(
     """
     dtype = case.torch_dtype
     training = case.mode == "training"
-    shape_of = trials[0].to(device=case.device, dtype=dtype)
+    shape_of = trials[0].to(device=case.device, dtype=case.data_dtype)
     baselines: dict[str, Variant] = {
         name: entry.variant
         for name in ("eager", "eager_channels_last")
@@ -169,7 +169,7 @@ def _judge(
     pending = {name: e.variant for name, e in entries.items() if e.variant is not None}
     worst = {"output": 0.0, "gradient": 0.0}  # of the baselines
     for number, images in enumerate(trials):
-        images = images.to(device=case.device, dtype=dtype)
+        images = images.to(device=case.device, dtype=case.data_dtype)
         truth = _truth(base, images, training=training)
         for variant in baselines.values():
             for kind, error in _errors(variant.outputs(images), truth).items():

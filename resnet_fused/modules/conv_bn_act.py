@@ -144,6 +144,9 @@ def _convolve(input: Tensor, conv: nn.Conv2d) -> Tensor:
 def _convolve_deferred(input: Deferred, conv: nn.Conv2d) -> Tensor:
     z, weight, bias = cast_for_autocast(input.z.device, input.z, conv.weight, conv.bias)
     padding = conv_padding(conv)
+    assert padding is not None  # the matcher leaves such convolutions alone
     if z.dtype != input.z.dtype or weight.dtype != z.dtype or z.shape[1] != conv.in_channels:
         return conv(input.tensor())
-    return input.conv(weight, bias, (list(conv.stride), padding, list(conv.dilation), conv.groups))
+    return input.conv(
+        weight, bias, (tuple(conv.stride), tuple(padding), tuple(conv.dilation), conv.groups)
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from resnet_fused.ops import train_conv
 from resnet_fused.ops.autograd import PIECEWISE_LINEAR
+from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Source, Sums
 
 INPUT, OUTSIDE = 0, 2  # the values of a block, as native_conv.Wired counts them
@@ -142,15 +143,10 @@ class _BlockFunction(torch.autograd.Function):
         return result, *statistics
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
-        if grad is None:
-            return (None,) * (1 + len(needs))
-        with torch.no_grad():
-            grads = _backward(ctx, grad, needs)
-        if torch.is_grad_enabled():
-            grads = SecondDerivative.forbid(grad, grads)
-        return None, *grads
+        return None, *((None,) * len(needs) if grad is None else _backward(ctx, grad, needs))
 
 
 def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -211,23 +207,3 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
         ]
     found[0] = grads.get(INPUT) if needs[0] else None
     return tuple(found)
-
-
-class SecondDerivative(torch.autograd.Function):
-    """Gradients as they are, and an error for who differentiates them."""
-
-    @staticmethod
-    def forbid(grad: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The gradients that backward made of `grad`."""
-        return SecondDerivative.apply(grad, *grads)
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "resnet_fused: a fused residual block in training has no second derivative: unfuse the "
-            "model (resnet_fused.unfuse) to differentiate its gradients"
-        )

@@ -193,21 +193,23 @@ def backward(
     own_input = needs_input and chosen.input != LIBRARY
     own_weight = needs_weight and chosen.weight != LIBRARY
     library = (needs_input and not own_input, needs_weight and not own_weight)
-    if isinstance(gradient, Gradient) and any(library):
-        gradient = gradient.tensor()
+    if any(library):
+        gradient = _computed(gradient)
     grad_input = grad_weight = sums = None
     if own_input or own_weight:
         grad_input, grad_weight, *both = _ops._train_conv_backward(
             *_behind(gradient), data_of(source), *_before(source),
-            conv.weight.to(torch.float32), conv.geometry,
-            residual if own_input else None,
+            conv.weight.to(torch.float32), conv.geometry, residual if own_input else None,
             chosen.input if own_input else "none", chosen.weight if own_weight else "none",
         )  # fmt: skip
         if own_input and isinstance(source, Normalised):
             sums = Sums(*both)
+        if own_weight and grad_weight.numel() == 0:  # NaN and infinities as PyTorch has them
+            library = (library[0], True)
     if any(library):
+        a = tensor_of(source)
         by_library = torch.ops.aten.convolution_backward(
-            gradient, tensor_of(source), conv.weight.to(data_of(source).dtype), None,
+            _computed(gradient), a, conv.weight.to(a.dtype), None,
             conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, [*library, False],
         )  # fmt: skip
         if library[0]:
@@ -225,6 +227,10 @@ def _before(source: Source) -> tuple[list[Tensor], float, str, float]:
     if not isinstance(source, Normalised):
         return [], 0.0, "none", 0.0
     return source.vectors(), source.eps, source.act, source.negative_slope
+
+
+def _computed(gradient: Gradient | Tensor) -> Tensor:
+    return gradient.tensor() if isinstance(gradient, Gradient) else gradient
 
 
 def _behind(gradient: Gradient | Tensor) -> tuple[object, ...]:

@@ -1,9 +1,9 @@
 """conv → BN → activation → max-pool in training as one autograd function.
 
 The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the
-convolution's output and the pool's int64 indices; this function keeps the convolution's output and one byte
-for each of the pool's, and computes the activation, and in backward its gradient, a few images at
-a time (``csrc/cpu/train_pool.cpp``).
+convolution's output and the pool's int64 indices; this function keeps the convolution's output and
+one byte for each of the pool's, and computes the activation, and in backward its gradient, a few
+images at a time (``csrc/cpu/train_pool.cpp``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from resnet_fused.backends import native_conv
 from resnet_fused.ops import train_conv
+from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.schema import is_channels_last
-from resnet_fused.ops.train_block import SecondDerivative
 from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Pooled, Sums
 
 _ops = torch.ops.resnet_fused
@@ -89,14 +89,9 @@ class _StemFunction(torch.autograd.Function):
         return output, mean, var
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 6
-        with torch.no_grad():
-            grads = _backward(ctx, grad)
-        if torch.is_grad_enabled():
-            grads = SecondDerivative.forbid(grad, grads)
-        return None, *grads
+        return None, *((None,) * 5 if grad is None else _backward(ctx, grad))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
