@@ -248,9 +248,12 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
             size=problem.out_size,
             padding=(rows, columns),
         )
-        input = _quick(turned, winograd) if min(rows, columns) >= 0 else LIBRARY
+        input = _quick(turned, winograd)
     else:
         input = "direct" if problem.dilation == (1, 1) else LIBRARY
+    reach = (d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True))
+    if any(p > r for p, r in zip(problem.padding, reach, strict=True)):
+        input = LIBRARY
     return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else gemm)
 
 

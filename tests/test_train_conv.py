@@ -329,3 +329,35 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         ops._train_conv(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(1, 4, 7, 8)}, "grad must have the shape of the convolution's output"),
+        ({"grad": torch.zeros(1, 4, 8, 8).bfloat16()}, "grad and output must have the dtype"),
+        ({"output": torch.zeros(1, 5, 8, 8)}, "grad must have the shape of output"),
+        ({"after": [torch.zeros(4)] * 4, "count": 64}, "after must end with the gradients"),
+        ({"after": [torch.zeros(4)] * 6, "count": 0}, "count be positive"),
+        ({"residual": torch.zeros(1, 16, 8, 9)}, "residual must have the shape of input"),
+        ({"positions": torch.zeros(3).byte(), "window": [2, 2, 2, 2, 0, 0, 1, 1]}, "positions"),
+        ({"geometry": [2, 2, 1, 1, 2, 2], "grad": torch.zeros(1, 4, 3, 3)}, "dilation with stride"),
+        ({"geometry": [1, 1, 3, 3, 1, 1], "grad": torch.zeros(1, 4, 12, 12)}, "padding smaller"),
+        ({"weight_algorithm": "strassen"}, "weight_algorithm must be"),
+        (
+            {"geometry": [1, 1, 2, 2, 2, 2], "weight_algorithm": "winograd4"},
+            "winograd4 takes 3 x 3 kernels",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_backward(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "grad": torch.zeros(1, 4, 8, 8), "output": None, "after": [], "after_eps": 0.0,
+        "after_act": "none", "after_slope": 0.0, "count": 0, "positions": None, "window": [],
+        "input": torch.zeros(1, 16, 8, 8), "before": [], "before_eps": 0.0, "before_act": "none",
+        "before_slope": 0.0, "weight": torch.zeros(4, 16, 3, 3), "geometry": [1] * 6,
+        "residual": None, "input_algorithm": "direct", "weight_algorithm": "gemm",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        ops._train_conv_backward(**{**arguments, **change})

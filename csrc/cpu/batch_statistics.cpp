@@ -13,8 +13,8 @@
 namespace resnet_fused {
 namespace {
 
-// Chan's update in two steps: the mean of the means, then every chunk's distance from it. An infinite
-// sample gives mean = Inf and var = NaN, as in PyTorch.
+// Chan's update in two steps: the mean of the means, then every chunk's distance from it. An
+// infinite sample gives mean = Inf and var = NaN, as in PyTorch.
 void combine(const PartialStatistics& partial, const Chunks& chunks, int64_t channels,
              int64_t begin, int64_t end, double* mean, double* var) {
   const int64_t copies = chunks.extent.channels / channels;

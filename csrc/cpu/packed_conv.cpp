@@ -135,7 +135,7 @@ void run_step(const Step& step, bool is_bf16, int64_t images, const void* input,
               const int64_t* input_strides, const void* residual, void* output) {
   ConvArguments arguments{step.shape, input,      step.packed, step.shift,
                           residual,   output,     step.act,    step.negative_slope,
-                          is_bf16,    step.pairs, false, {}};
+                          is_bf16,    step.pairs, false,       {}};
   arguments.shape.batch = images;
   algorithm_run(step.algorithm, arguments, input_strides, step.plain);
 }

@@ -204,6 +204,24 @@ class OutputGrad {
   Workspace computed_;
 };
 
+void check_input_grad(const char* op, const ConvShape& s) {
+  for (int i = 0; i < 2; ++i) {
+    check(s.stride[i] == 1 || (s.dilation[0] == 1 && s.dilation[1] == 1), op,
+          ": the input's gradient takes a dilation with stride 1 only");
+    check(s.padding[i] <= s.dilation[i] * (s.kernel[i] - 1), op,
+          ": the input's gradient takes a padding smaller than the kernel, got ", s.padding[i]);
+  }
+}
+
+void check_weight_grad(const char* op, const ConvShape& s, const std::string& algorithm) {
+  check(algorithm == "gemm" || algorithm == "winograd4", op,
+        ": weight_algorithm must be winograd4, gemm or none, got ", algorithm);
+  const bool takes = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
+                     s.stride[0] <= 2 && s.dilation[0] == 1 && s.dilation[1] == 1;
+  check(algorithm == "gemm" || takes, op,
+        ": winograd4 takes 3 x 3 kernels, stride 1 or 2 and dilation 1");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
     const Tensor& grad, const std::optional<Tensor>& output, const std::vector<Tensor>& after,
     double after_eps, const std::string& after_act, double after_slope, int64_t count_behind,
@@ -230,6 +248,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
         shape_text(grad.sizes()));
 
   const bool needs_input = input_algorithm != "none", needs_weight = weight_algorithm != "none";
+  const bool winograd = weight_algorithm == "winograd4";
+  if (needs_input) check_input_grad(op, shape);
+  if (needs_weight) check_weight_grad(op, shape, weight_algorithm);
+  if (residual) check_like(op, "residual", *residual, input);
+  check(grad.scalar_type() == dtype && (!output || output->scalar_type() == dtype), op,
+        ": grad and output must have the dtype of input, ", dtype_name(dtype));
   const int64_t none = 0;
   Tensor grad_input = needs_input ? pool_empty(x.sizes(), MemoryFormat::ChannelsLast, dtype)
                                   : pool_empty({&none, 1}, MemoryFormat::Contiguous, dtype);
@@ -242,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
     inputs.emplace(parse_quick(op, input_algorithm, shape, weight, is_bf16), shape, view, is_bf16);
   }
   std::optional<WeightGrad> weights;
-  if (needs_weight) weights.emplace(shape, weight_algorithm == "winograd4", is_bf16, step);
+  if (needs_weight) weights.emplace(shape, winograd, is_bf16, step);
   const WeightView stored = needs_weight ? view_weight(grad_weight, 1) : view;
 
   const Workspace activation = norm && needs_weight ? from.workspace(step) : Workspace();

@@ -52,12 +52,6 @@ int64_t tiles_of(const ConvShape& s) {
 
 }  // namespace
 
-bool weight_grad_takes(const ConvShape& s, bool winograd) {
-  const bool square = s.kernel[0] == 3 && s.kernel[1] == 3 && s.stride[0] == s.stride[1] &&
-                      s.stride[0] <= 2 && s.dilation[0] == 1 && s.dilation[1] == 1;
-  return s.groups == 1 && (square || !winograd);
-}
-
 WeightGrad::WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int64_t most_images)
     : task_{shape, nullptr, nullptr, is_bf16, winograd, 36, shape.channels, nullptr, nullptr} {
   const int64_t taps = shape.kernel[0] * shape.kernel[1];

@@ -99,6 +99,4 @@ class WeightGrad {
   Workspace prepared_, sums_;
 };
 
-bool weight_grad_takes(const ConvShape& shape, bool winograd);
-
 }  // namespace resnet_fused

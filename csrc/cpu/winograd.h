@@ -41,7 +41,8 @@ constexpr int64_t kLateChannels = 64;
 constexpr int64_t kLateSlice = kLateChannels * kPanel + 16;
 
 // Products in a part of a sum, where that has parts: half of the channels and at most 64. So the
-// error of F(4 x 4) is 0.95 (512 channels) to 1.8 times (64) oneDNN's, and 2.0 to 2.3 with one part.
+// error of F(4 x 4) is 0.95 (512 channels) to 1.8 times (64) oneDNN's, and 2.0 to 2.3 with one
+// part.
 constexpr int64_t kLongestPart = 64;
 
 struct WinogradTask {

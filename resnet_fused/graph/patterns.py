@@ -110,8 +110,8 @@ _FRESH_FUNCTIONS = {
     F.pad, F.avg_pool2d, F.max_pool2d, F.conv2d, F.batch_norm,
 }  # fmt: skip
 _FRESH_MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Linear,
-    nn.AvgPool2d, nn.MaxPool2d, nn.GroupNorm, nn.ConvTranspose2d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.SyncBatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d, nn.GroupNorm, nn.ConvTranspose2d,
 )  # fmt: skip
 
 

@@ -203,8 +203,8 @@ def module_reason(module: nn.Module) -> str | None:
             return "padding differs between two sides"
         if type(module.weight) not in (nn.Parameter, Tensor):
             return f"its weight is a {type(module.weight).__name__}"
-    elif isinstance(module, _BatchNorm) and type(module) is not nn.BatchNorm2d:
-        return f"{kind} is not nn.BatchNorm2d itself"
+    elif isinstance(module, _BatchNorm) and type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return f"{kind} is not nn.BatchNorm2d or nn.SyncBatchNorm itself"
     return None
 
 

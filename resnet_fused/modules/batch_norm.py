@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnet_fused.ops.schema import statistics_dtype
@@ -14,6 +16,19 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     """Whether this module normalises by the batch, as nn.BatchNorm2d.forward decides it."""
     buffers = bn._buffers  # nn.Module's getattr is slow, and this runs at every call
     return bn.training or (buffers["running_mean"] is None and buffers["running_var"] is None)
+
+
+def process_group(bn: nn.BatchNorm2d) -> Any:
+    """The processes whose batches a module normalises as one, if it does; as nn.SyncBatchNorm.
+
+    nn.SyncBatchNorm without other processes, or in evaluation, is nn.BatchNorm2d.
+    """
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
@@ -33,7 +48,8 @@ def check_input(bn: nn.BatchNorm2d, input: Tensor) -> None:
             )
         if vector.device != input.device:
             raise ValueError(f"input: expected {name}'s device {vector.device}, got {input.device}")
-    if uses_batch_statistics(bn) and input.shape.numel() == input.shape[1]:
+    alone = process_group(bn) is None
+    if alone and uses_batch_statistics(bn) and input.shape.numel() == input.shape[1]:
         raise ValueError(
             "input: expected more than 1 value per channel when training, "
             f"got shape {tuple(input.shape)}"

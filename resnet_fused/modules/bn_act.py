@@ -14,12 +14,14 @@ from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import (
     affine,
     check_input,
+    process_group,
     update_running_statistics,
     uses_batch_statistics,
 )
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.ops.select import native_unusable
+from resnet_fused.ops.synchronise import SyncBatchNormAct
 from resnet_fused.packing import statistics_and_affine
 
 
@@ -58,6 +60,15 @@ class BNAct:
                     torch.autograd.graph.increment_version(input)  # compiled operators don't
                 return input
             return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
+        group = process_group(bn)
+        if group is not None and torch.compiler.is_compiling():
+            return self.finish(bn(input), residual)
+        if group is not None:
+            output, mean, var, count = SyncBatchNormAct.apply(
+                input, residual, *affine(bn, input), (bn.eps, *options), group
+            )
+            update_running_statistics(bn, mean, var, int(count))
+            return output
         if (
             self.defers
             and residual is None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resnet_fused.modules.batch_norm import (
     affine,
+    process_group,
     update_all_running_statistics,
     uses_batch_statistics,
 )
@@ -51,6 +52,7 @@ class Stem:
             or not torch.is_grad_enabled()
             or bn is None
             or not uses_batch_statistics(bn)
+            or process_group(bn) is not None
             or isinstance(input, Deferred)
             or not any_requires_grad(input, conv, bn, None)
         ):

@@ -13,6 +13,7 @@ from resnet_fused.backends.native_conv import Wired
 from resnet_fused.checks import DTYPES
 from resnet_fused.modules.batch_norm import (
     affine,
+    process_group,
     update_all_running_statistics,
     uses_batch_statistics,
 )
@@ -50,8 +51,7 @@ class Training:
             parameters += [*weights[2 * i : 2 * i + 2], *affine(bn, data)]
         if not any(t is not None and t.requires_grad for t in (data, *parameters)):
             return None
-        output, *statistics = self._block(convs, norms)(data, parameters)
-        counts = [shape.numel() // shape[1] for shape in shapes]
+        output, statistics, counts = self._block(convs, norms)(data, parameters)
         update_all_running_statistics(norms, statistics, counts)
         return output
 
@@ -64,6 +64,7 @@ class Training:
                 TrainStep(
                     wired.input, wired.residual, conv.stride, (padding[0], padding[1]),
                     conv.dilation, conv.groups, bn.eps, wired.act, wired.negative_slope,
+                    process_group(bn),
                 )
             )  # fmt: skip
         return TrainBlock(tuple(steps), self.low_memory)
@@ -102,7 +103,8 @@ class Training:
             assert padding is not None  # the matcher leaves such convolutions alone
             size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
             shape = torch.Size(size)
-            if min(size) < 1 or shape.numel() == shape[1]:
+            alone = process_group(bn) is None
+            if min(size) < 1 or (alone and shape.numel() == shape[1]):
                 return None
             if wired.residual >= 0 and shapes[wired.residual] != shape:
                 return None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import train_conv
+from resnet_fused.ops import synchronise, train_conv
 from resnet_fused.ops.autograd import PIECEWISE_LINEAR
 from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Source, Sums
@@ -40,6 +40,7 @@ class TrainStep:
     eps: float
     act: str
     negative_slope: float
+    group: Any = None  # of processes whose batches are normalised as one
 
     @property
     def mask_from_output(self) -> bool:
@@ -59,13 +60,17 @@ class TrainBlock:
     steps: tuple[TrainStep, ...]
     low_memory: bool = False
 
-    def __call__(self, input: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The output, and mean and biased variance of each convolution's output.
+    def __call__(
+        self, input: Tensor, parameters: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor], list[int]]:
+        """The output, mean and biased variance of each convolution's output, and how many values.
 
         Args:
             parameters: of each step the convolution's weight and bias and the batch norm's.
         """
-        return _BlockFunction.apply(self, input, *parameters)
+        counts: list[int] = []
+        output, *statistics = _BlockFunction.apply(self, counts, input, *parameters)
+        return output, statistics, counts
 
     @property
     def materialised(self) -> frozenset[int]:
@@ -117,13 +122,17 @@ class _Values:
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: TrainBlock, input: Tensor, *parameters: Tensor | None
+        ctx: Any, block: TrainBlock, counts: list[int], input: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         values = _Values(block, {INPUT: input}, parameters)
         outputs, statistics = [], []
         materialised = block.materialised
         for i, step in enumerate(block.steps):
             z, mean, var = train_conv.forward(values.source(step.input), values.conv(i))
+            count = z.numel() // z.shape[1]
+            if step.group is not None:
+                mean, var, count = synchronise.statistics(mean, var, count, step.group)
+            counts.append(count)
             normalised = values.normalise(i, z, mean, var)
             if OUTSIDE + i in materialised:
                 residual = None if step.residual < 0 else values.tensors[step.residual]
@@ -134,7 +143,7 @@ class _BlockFunction(torch.autograd.Function):
             outputs.pop()
         result = values.tensors[OUTSIDE + len(block.steps) - 1]
         ctx.block, ctx.kept = block, sorted(block.kept)
-        ctx.counts = len(outputs), len(statistics)
+        ctx.saved, ctx.counts = (len(outputs), len(statistics)), counts
         ctx.save_for_backward(
             *outputs, *statistics, *(values.tensors[v] for v in ctx.kept), *parameters
         )
@@ -145,18 +154,18 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        return None, *((None,) * len(needs) if grad is None else _backward(ctx, grad, needs))
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *((None,) * len(needs) if grad is None else _backward(ctx, grad, needs))
 
 
 def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     block: TrainBlock = ctx.block
     saved = ctx.saved_tensors  # read once: checkpointing gives them once
     last = len(block.steps) - 1
-    outputs = saved[: ctx.counts[0]]
-    statistics = saved[ctx.counts[0] : sum(ctx.counts)]
-    tensors = dict(zip(ctx.kept, saved[sum(ctx.counts) :], strict=False))
-    values = _Values(block, tensors, saved[sum(ctx.counts) + len(ctx.kept) :])
+    outputs = saved[: ctx.saved[0]]
+    statistics = saved[ctx.saved[0] : sum(ctx.saved)]
+    tensors = dict(zip(ctx.kept, saved[sum(ctx.saved) :], strict=False))
+    values = _Values(block, tensors, saved[sum(ctx.saved) + len(ctx.kept) :])
     for i, z in enumerate(outputs):
         values.normalise(i, z, *statistics[2 * i : 2 * i + 2])
     if len(outputs) == last:
@@ -184,9 +193,9 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
         places = slice(1 + 4 * i, 5 + 4 * i)
         needs_weight, needs_bias, needs_bn_weight, needs_bn_bias = needs[places]
         source = values.source(step.input)
-        count = normalised.z.numel() // normalised.z.shape[1]
+        everyone = sums if step.group is None else synchronise.sums(sums, step.group)
         grad_input, grad_weight, sums_before = train_conv.backward(
-            Gradient(grad, normalised, sums, count), source, values.conv(i),
+            Gradient(grad, normalised, everyone, ctx.counts[i]), source, values.conv(i),
             residual=grads.pop(step.input, None),
             needs_input=needs[0] if step.input == INPUT else True, needs_weight=needs_weight,
         )  # fmt: skip
