@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import pytest
 import torch
 from activations import ACTS
 from tolerance import assert_within_policy
 from torch import Tensor
 
+from resnet_fused.backends import native
 from resnet_fused.backends.native_conv import (
     NativeConv,
     Program,
@@ -179,3 +185,18 @@ SIZES = [(1, 1), (1, 2), (2, 3), (5, 5), (4, 4), (7, 7), (9, 1), (13, 6), (14, 1
 
 def corners(height: int, width: int) -> list[tuple[int, int]]:
     return [(y, x) for y in (0, height // 2, height - 1) for x in (0, width // 2, width - 1)]
+
+
+def run_with_isa(isa: str, code: str) -> None:
+    """Run Python code in a process of its own, whose kernels use a lower instruction set."""
+    if ISAS.index(isa) >= ISAS.index(native.isa()):
+        pytest.skip(f"this CPU has {native.isa()}, which the other tests run on")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RESNET_FUSED_CPU_ISA": isa},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from conv_case import (
     corners,
     may_run_direct,
     rounds,
+    run_with_isa,
     sweep,
 )
 from tolerance import POLICY_ERROR, STRICT_FACTOR
@@ -40,18 +37,10 @@ def test_random_cases(dtype: torch.dtype, seed: int, poisoned: None) -> None:
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_every_instruction_set(isa: str) -> None:
-    if ISAS.index(isa) >= ISAS.index(native.isa()):
-        pytest.skip(f"this CPU has {native.isa()}, which the other tests run on")
-    code = "t.sweep(99, 120); t.sweep(99, 40, torch.bfloat16)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch, conv_case as t; {code}"],
-        env={**os.environ, "RESNET_FUSED_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
+    run_with_isa(
+        isa,
+        "import torch, conv_case as t; t.sweep(99, 120); t.sweep(99, 40, torch.bfloat16)",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -25,7 +25,7 @@ def step(input: int, residual: int = -1, **options: Any) -> TrainStep:
         "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "eps": 1e-3,
         "act": "relu", "negative_slope": 0.1,
     }  # fmt: skip
-    return TrainStep(input, residual, **{**defaults, **options})
+    return TrainStep(input, residual, train_conv.ConvNorm(**{**defaults, **options}))
 
 
 POINT: dict[str, Any] = {"padding": (0, 0)}

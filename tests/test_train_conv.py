@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conv_case import ISAS
+from conv_case import run_with_isa
 from tolerance import assert_within_policy
 from torch import Tensor
 
@@ -185,21 +181,11 @@ def test_random_steps(seed: int, poisoned: None) -> None:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa: str) -> None:
-    if ISAS.index(isa) >= ISAS.index(native.isa()):
-        pytest.skip(f"this CPU has {native.isa()}, which the other tests run on")
-    code = (
+    run_with_isa(
+        isa,
         "import random, torch, test_train_conv as t; s = random.Random(9); torch.manual_seed(0)\n"
-        "for _ in range(30): t.random_step(s).check()"
+        "for _ in range(30): t.random_step(s).check()",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "RESNET_FUSED_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("algorithm", ["winograd4", "winograd4_late", "direct"])

@@ -16,6 +16,7 @@ from resnet_fused.modules.batch_norm import (
 from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad, sound
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.modules.max_pool import MaxPool
+from resnet_fused.modules.train import options_of
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.train_stem import TrainStem
@@ -73,11 +74,8 @@ class Stem:
             or any(v is not None and v.shape != weight.shape[:1] for v in vectors)
         ):
             return None
-        stem = TrainStem(
-            (conv.stride[0], conv.stride[1]), (padding[0], padding[1]),
-            (conv.dilation[0], conv.dilation[1]), conv.groups,
-            bn.eps, self.conv.after.act, self.conv.after.negative_slope, window,
-        )  # fmt: skip
+        after = self.conv.after
+        stem = TrainStem(options_of(conv, bn, after.act, after.negative_slope), window)
         if not stem.runs(data):
             return None
         output, mean, var = stem(data, weight, bias, *affine(bn, data))

@@ -21,7 +21,18 @@ from resnet_fused.modules.deferred import Deferred
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.train_block import TrainBlock, TrainStep
+from resnet_fused.ops.train_conv import ConvNorm
 from resnet_fused.packing import conv_padding
+
+
+def options_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, negative_slope: float) -> ConvNorm:
+    """What the kernels need to know of two modules and an activation."""
+    padding = conv_padding(conv)
+    assert padding is not None  # the matcher leaves such convolutions alone
+    return ConvNorm(
+        (conv.stride[0], conv.stride[1]), (padding[0], padding[1]),
+        (conv.dilation[0], conv.dilation[1]), conv.groups, bn.eps, act, negative_slope,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +69,8 @@ class Training:
     def _block(self, convs: Sequence[Any], norms: Sequence[nn.BatchNorm2d]) -> TrainBlock:
         steps = []
         for conv, bn, wired in zip(convs, norms, self.wiring, strict=True):
-            padding = conv_padding(conv)
-            assert padding is not None
-            steps.append(
-                TrainStep(
-                    wired.input, wired.residual, conv.stride, (padding[0], padding[1]),
-                    conv.dilation, conv.groups, bn.eps, wired.act, wired.negative_slope,
-                    process_group(bn),
-                )
-            )  # fmt: skip
+            options = options_of(conv, bn, wired.act, wired.negative_slope)
+            steps.append(TrainStep(wired.input, wired.residual, options, process_group(bn)))
         return TrainBlock(tuple(steps), self.low_memory)
 
     def _shapes(

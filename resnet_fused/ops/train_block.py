@@ -22,7 +22,7 @@ from torch import Tensor
 from resnet_fused.ops import synchronise, train_conv
 from resnet_fused.ops.autograd import PIECEWISE_LINEAR
 from resnet_fused.ops.first_derivative import first_derivative_only
-from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Source, Sums
+from resnet_fused.ops.train_conv import Conv, ConvNorm, Gradient, Normalised, Source, Sums
 
 INPUT, OUTSIDE = 0, 2  # the values of a block, as native_conv.Wired counts them
 
@@ -33,14 +33,13 @@ class TrainStep:
 
     input: int
     residual: int  # -1 for none
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    eps: float
-    act: str
-    negative_slope: float
+    options: ConvNorm
     group: Any = None  # of processes whose batches are normalised as one
+
+    @property
+    def act(self) -> str:
+        """The activation's name."""
+        return self.options.act
 
     @property
     def mask_from_output(self) -> bool:
@@ -101,15 +100,13 @@ class _Values:
         self.parameters = parameters
 
     def conv(self, i: int) -> Conv:
-        step = self.block.steps[i]
         weight, bias = self.parameters[4 * i : 4 * i + 2]
         assert weight is not None
-        return Conv(weight, bias, step.stride, step.padding, step.dilation, step.groups)
+        return self.block.steps[i].options.conv(weight, bias)
 
     def normalise(self, i: int, z: Tensor, mean: Tensor, var: Tensor) -> Normalised:
-        step = self.block.steps[i]
-        weight, bias = self.parameters[4 * i + 2 : 4 * i + 4]
-        value = Normalised(z, mean, var, weight, bias, step.eps, step.act, step.negative_slope)
+        vectors = self.parameters[4 * i + 2 : 4 * i + 4]
+        value = self.block.steps[i].options.normalised(z, mean, var, *vectors)
         self.normalised[OUTSIDE + i] = value
         return value
 

@@ -84,6 +84,28 @@ class Normalised(NamedTuple):
         return Sums(grad_weight, grad_bias, grad_residual if adds else None)
 
 
+class ConvNorm(NamedTuple):
+    """The options of a convolution, the batch norm behind it and the activation."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    eps: float
+    act: str
+    negative_slope: float
+
+    def conv(self, weight: Tensor, bias: Tensor | None) -> Conv:
+        """The convolution with its parameters."""
+        return Conv(weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def normalised(
+        self, z: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Normalised:
+        """What follows the convolution's output z."""
+        return Normalised(z, mean, var, weight, bias, self.eps, self.act, self.negative_slope)
+
+
 class Sums(NamedTuple):
     """What the first pass of a batch norm's backward gives."""
 

@@ -17,7 +17,7 @@ from resnet_fused.backends import native_conv
 from resnet_fused.ops import train_conv
 from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.schema import is_channels_last
-from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Pooled, Sums
+from resnet_fused.ops.train_conv import ConvNorm, Gradient, Pooled, Sums
 
 _ops = torch.ops.resnet_fused
 
@@ -25,20 +25,10 @@ _MOST_POSITIONS = 255  # csrc/cpu/max_pool.h
 
 
 class TrainStem(NamedTuple):
-    """The options of a stem; the window is kernel_size, stride, padding and dilation, two each."""
+    """A stem; its window is kernel_size, stride, padding and dilation, two numbers each."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    eps: float
-    act: str
-    negative_slope: float
+    options: ConvNorm
     window: tuple[int, ...]
-
-    def conv(self, weight: Tensor, bias: Tensor | None) -> Conv:
-        """The convolution with its parameters."""
-        return Conv(weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def runs(self, input: Tensor) -> bool:
         """Whether there are kernels for it."""
@@ -60,12 +50,6 @@ class TrainStem(NamedTuple):
         """The pool's output, and mean and biased variance of the convolution's."""
         return _StemFunction.apply(self, input, weight, bias, bn_weight, bn_bias)
 
-    def normalised(
-        self, z: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Normalised:
-        """What the pool reads."""
-        return Normalised(z, mean, var, weight, bias, self.eps, self.act, self.negative_slope)
-
 
 class _StemFunction(torch.autograd.Function):
     @staticmethod
@@ -78,8 +62,8 @@ class _StemFunction(torch.autograd.Function):
         bn_weight: Tensor | None,
         bn_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, mean, var = train_conv.forward(input, stem.conv(weight, bias))
-        value = stem.normalised(z, mean, var, bn_weight, bn_bias)
+        z, mean, var = train_conv.forward(input, stem.options.conv(weight, bias))
+        value = stem.options.normalised(z, mean, var, bn_weight, bn_bias)
         options = (value.eps, value.act, value.negative_slope, list(stem.window))
         output, positions = _ops._train_pool(z, value.vectors(), *options)
         ctx.stem = stem
@@ -98,13 +82,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, needs_weight, needs_bias, *needs_norm = ctx.needs_input_grad[1:]
     stem: TrainStem = ctx.stem
     input, weight, bias, *normalisation, positions = ctx.saved_tensors
-    value = stem.normalised(*normalisation)
+    value = stem.options.normalised(*normalisation)
     options = (value.eps, value.act, value.negative_slope, list(stem.window))
     sums = Sums(*_ops._train_pool_sums(grad, positions, value.z, value.vectors(), *options))
     pooled = Pooled(positions, list(stem.window))
     count = value.z.numel() // value.z.shape[1]
     grad_input, grad_weight, _ = train_conv.backward(
-        Gradient(grad, value, sums, count, pooled), input, stem.conv(weight, bias),
+        Gradient(grad, value, sums, count, pooled), input, stem.options.conv(weight, bias),
         residual=None, needs_input=needs_input, needs_weight=needs_weight,
     )  # fmt: skip
     return (
