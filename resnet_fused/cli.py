@@ -97,7 +97,7 @@ def run_bench(
             progress=progress,
         )
     benchmark.print_results(results, sys.stderr if json_path == "-" else sys.stdout)
-    _write_json(
+    write_json(
         json_path,
         {
             "environment": benchmark.environment(),
@@ -127,7 +127,7 @@ def _info(args: argparse.Namespace) -> int:
             for name, b in data["backends"].items()
         ]
         benchmark.print_table("backends", ("name", "usable", "why not", "cost"), rows, sys.stdout)
-    _write_json(args.json, data)
+    write_json(args.json, data)
     return 0
 
 
@@ -137,7 +137,7 @@ def _explain(args: argparse.Namespace) -> int:
     explanation = resnet_fused.explain(model, images)
     if args.json != "-":
         print(explanation)
-    _write_json(args.json, {"model": args.model, **explanation.to_dict()})
+    write_json(args.json, {"model": args.model, **explanation.to_dict()})
     return 0
 
 
@@ -151,7 +151,7 @@ def _verify(args: argparse.Namespace) -> int:
             f"{verification.relative_error:.2e}, of eager {verification.eager_relative_error:.2e}, "
             f"budget {verification.budget:.2e} ({case.mode}, {case.dtype}, against float64)"
         )
-    _write_json(args.json, {"model": args.model, **verification.to_dict()})
+    write_json(args.json, {"model": args.model, **verification.to_dict()})
     return 0 if verification.ok else 1
 
 
@@ -185,7 +185,7 @@ def _tune(args: argparse.Namespace) -> int:
         header = ("convolution", "chosen", "", *(f"{name} ms" for name in names))
         benchmark.print_table(f"{args.model}, batch {case.batch_size}", header, rows, sys.stdout)
         print(f"kept in {tuning_cache.path()}")
-    _write_json(args.json, {"model": args.model, "tuned": [asdict(t) for t in tuned]})
+    write_json(args.json, {"model": args.model, "tuned": [asdict(t) for t in tuned]})
     return 0
 
 
@@ -309,7 +309,8 @@ def positive(text: str) -> int:
     return value
 
 
-def _write_json(path: str | None, data: dict[str, Any]) -> None:
+def write_json(path: str | None, data: dict[str, Any]) -> None:
+    """Put `data` at `path`, on stdout for "-", nowhere for None."""
     if path is None:
         return
     text = benchmark.json_text(data)

@@ -47,9 +47,9 @@ def batch(name: str, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).to(memory_format=torch.channels_last)
 
 
-def share(images: Tensor, rank: int, size: int) -> Tensor:
-    """Unequal shares of the batch: 7 images become 4 and 3, or 3, 2, 1 and 1."""
-    cuts = {2: [4, 3], 4: [3, 2, 1, 1]}[size]
+def share(images: Tensor, rank: int, size: int, empty: bool = False) -> Tensor:
+    """Unequal shares of the batch: 7 images become 4 and 3, or 3, 2, 1 and 1; or the last none."""
+    cuts = [7, 0] if empty else {2: [4, 3], 4: [3, 2, 1, 1]}[size]
     return images.split(cuts)[rank]
 
 
@@ -92,11 +92,13 @@ def run(size: int, job: Callable[..., dict[str, Tensor]], path: Path, *args: Any
     return torch.load(file, weights_only=True)
 
 
-def synchronised_step(rank: int, size: int, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def synchronised_step(
+    rank: int, size: int, name: str, dtype: torch.dtype, empty: bool = False
+) -> dict[str, Tensor]:
     """Forward and backward of a share; gradients added up, as those of a sum over images are."""
     fused = resnet_fused.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(model(name, dtype)))
     assert all(e.status == "fused" for e in resnet_fused.explain(fused).entries)
-    x = share(batch(name, dtype), rank, size).clone().requires_grad_()
+    x = share(batch(name, dtype), rank, size, empty).clone().requires_grad_()
     objective(fused(x)).backward()
     for parameter in fused.parameters():
         if parameter.grad is not None:
@@ -127,12 +129,37 @@ def test_synchronised_batch_norm_is_one_process(
     exact = whole_step(name, torch.float64)
     exact["x"] = share(exact["x"], 0, size)
     limit = 1e-9 if dtype == torch.float64 else 2e-3
+    assert_same(actual, exact, limit)
+
+
+def assert_same(actual: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> None:
     for key, wanted in exact.items():
         if key.endswith("num_batches_tracked"):
             assert actual[key] == wanted
             continue
         error = float((actual[key].double() - wanted).norm() / wanted.norm())
         assert error < limit, (key, error)
+
+
+@pytest.mark.parametrize("name", ["blocks", "stem", "separate"])
+def test_a_process_without_images_takes_part(name: str, tmp_path: Path) -> None:
+    actual = run(2, synchronised_step, tmp_path, name, torch.float64, True)
+    assert_same(actual, whole_step(name, torch.float64), 1e-9)
+
+
+def empty_everywhere(rank: int, size: int) -> dict[str, Tensor]:
+    fused = resnet_fused.fuse(
+        nn.SyncBatchNorm.convert_sync_batchnorm(model("blocks", torch.float32))
+    )
+    with pytest.raises(ValueError, match="input: expected images in at least one process"):
+        fused(batch("blocks", torch.float32)[:0])
+    return {n: b for n, b in fused.named_buffers()}
+
+
+def test_no_images_in_any_process_is_an_error_that_changes_nothing(tmp_path: Path) -> None:
+    found = run(2, empty_everywhere, tmp_path)
+    for name, buffer in model("blocks", torch.float32).named_buffers():
+        assert torch.equal(found[name], buffer), name
 
 
 def ddp_step(

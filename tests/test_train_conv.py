@@ -195,6 +195,12 @@ def test_many_passes(algorithm: str, outputs: int) -> None:
     Step(algorithm, (7, 96, 60, 58), outputs).check()
 
 
+@pytest.mark.parametrize("channels", range(16, 97, 16))
+def test_blocks_beside_private_sums(channels: int) -> None:
+    """How many tiles the cache holds beside a thread's sums follows from the channels: odd, even."""
+    Step("winograd4", (4, channels, 32, 32), 64, stride=2).check()
+
+
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("padding", [0, 1, 2])

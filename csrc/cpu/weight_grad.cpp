@@ -66,6 +66,8 @@ WeightGrad::WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int6
   // With stride 2 the odd inputs' matrices have up to 16 rows for a tile.
   const int64_t entries = winograd ? (shape.stride[0] == 2 ? 81 : 36) : 1;
   const int64_t chunks = winograd ? entries * (a + b) : a + task_.matrices * b;
+  // What chunk_stride adds to each matrix, at most.
+  const int64_t spare = winograd ? task_.matrices * (a + b) : chunks;
   const int64_t threads = torch::stable::get_num_threads();
 
   // As large as possible, if it leaves no thread idle for more than a tenth of the time.
@@ -73,13 +75,13 @@ WeightGrad::WeightGrad(const ConvShape& shape, bool winograd, bool is_bf16, int6
     if (10 * units() >= 9 * ((units() + threads - 1) / threads * threads)) break;
   }
   const int64_t all = units() * unit_floats();
-  const int64_t beside = (kCacheFloats - all) / (chunks * 16) - 1;  // rows
+  const int64_t beside = ((kCacheFloats - all) / 16 - spare) / chunks;  // rows
   const int64_t rows = std::min(shape.batch, most_images) * rows_of_image_;
   const bool owns = beside >= kLeastRows && threads * all <= kMostSums;
   workers_ = owns ? std::clamp<int64_t>(rows / kLeastRows, 1, threads) : 0;
   block_rows_ = winograd ? kWinogradLargestBlock : kBlockPixels;
   if (owns) block_rows_ = std::min(block_rows_, beside);
-  block_floats_ = chunks * chunk_stride(block_rows_);
+  block_floats_ = (chunks * block_rows_ + spare) * 16;
   const int64_t needed = (rows + block_rows_ - 1) / block_rows_;
   blocks_ = owns ? workers_ : std::clamp<int64_t>(kPreparedFloats / block_floats_, 1, needed);
   keeps_ = blocks_ < needed || most_images < shape.batch;

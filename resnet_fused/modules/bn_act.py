@@ -49,7 +49,10 @@ class BNAct:
     ) -> Tensor | Deferred:
         """`overwrite` says that nobody else holds `input`, so that it may become the output."""
         check_input(bn, input)
-        if not _plain(input) or not _addable(residual, input):
+        group = process_group(bn)
+        # A process without images takes part all the same: the others wait for its sums.
+        fits = _plain(input) and (input.numel() > 0 or group is not None)
+        if not fits or not _addable(residual, input):
             return self.finish(bn(input), residual)
         options = (self.act, self.negative_slope)
         if not uses_batch_statistics(bn):
@@ -60,7 +63,6 @@ class BNAct:
                     torch.autograd.graph.increment_version(input)  # compiled operators don't
                 return input
             return torch.ops.resnet_fused.scale_shift_act(input, *vectors, residual, *options)
-        group = process_group(bn)
         if group is not None and torch.compiler.is_compiling():
             return self.finish(bn(input), residual)
         if group is not None:
@@ -105,7 +107,7 @@ class BNAct:
 
 
 def _plain(input: Tensor) -> bool:
-    return input.numel() > 0 and input.dtype in DTYPES and input.layout == torch.strided
+    return input.dtype in DTYPES and input.layout == torch.strided
 
 
 def _addable(residual: Tensor | None, output: Tensor) -> bool:

@@ -23,6 +23,9 @@ def statistics(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tenso
     r"""Mean, biased variance and values a channel over all processes, from each one's own.
 
     .. math:: mean = \sum_r n_r m_r / n, \quad var = \sum_r n_r (v_r + (m_r - mean)^2) / n
+
+    Raises:
+        ValueError: if no process has any, in all of them.
     """
     own = torch.cat([mean.double(), var.double(), mean.new_tensor([count], dtype=torch.float64)])
     gathered = own.new_empty(dist.get_world_size(group), own.numel())
@@ -30,6 +33,10 @@ def statistics(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tenso
     means, variances = gathered[:, :-1].chunk(2, dim=1)
     counts = gathered[:, -1:]
     total = counts.sum()
+    if total == 0:
+        raise ValueError(
+            "input: expected images in at least one process, got an empty batch in all"
+        )
     exact = (counts * means).sum(0) / total
     spread = (counts * (variances + (means - exact).square())).sum(0) / total
     return exact.to(mean.dtype), spread.to(var.dtype), int(total)

@@ -139,7 +139,8 @@ class _BlockFunction(torch.autograd.Function):
         if block.low_memory:
             outputs.pop()
         result = values.tensors[OUTSIDE + len(block.steps) - 1]
-        ctx.block, ctx.kept = block, sorted(block.kept)
+        ctx.block, ctx.kept, ctx.shape = block, sorted(block.kept), result.shape
+        ctx.kind = {"dtype": result.dtype, "device": result.device}
         ctx.saved, ctx.counts = (len(outputs), len(statistics)), counts
         ctx.save_for_backward(
             *outputs, *statistics, *(values.tensors[v] for v in ctx.kept), *parameters
@@ -152,6 +153,8 @@ class _BlockFunction(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
+        if grad is None and any(step.group is not None for step in ctx.block.steps):
+            grad = torch.zeros(ctx.shape, **ctx.kind)  # others wait for this process's sums
         return None, None, *((None,) * len(needs) if grad is None else _backward(ctx, grad, needs))
 
 
