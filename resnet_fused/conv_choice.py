@@ -38,7 +38,7 @@ _CACHED_WEIGHTS = 1 << 18  # floats that stay in L2 from one call to the next
 _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
-_GATHER_COST = 50  # of a kernel's nine weights being brought together there
+_GATHER_COST = 5  # of a kernel's nine weights being brought together there: products hide it
 _PAIRING_COST = 800  # of a kernel's nine weights becoming rounded pairs of 16 or 25 in the call
 _LATE_TILES = 14  # for which they are transformed once
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
@@ -272,7 +272,8 @@ def _packing_cost(problem: ConvProblem, algorithm: str) -> float:
     if algorithm in ("winograd2", "winograd3", "winograd4"):
         if multiplies_bf16(problem, algorithm):
             return kernels * _PAIRING_COST
-        return kernels * _LATE_COST + _weight_cost(36 * kernels)
+        # What is written to memory is read before, line by line.
+        return kernels * _LATE_COST + 2 * _weight_cost(36 * kernels)
     if algorithm == "winograd4_late":
         height, width = problem.out_size
         tiles = problem.batch * math.ceil(height / 4) * math.ceil(width / 4)

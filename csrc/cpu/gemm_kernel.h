@@ -35,10 +35,17 @@ constexpr int kHalf = kLanes == 16 ? 7 : 3;
 constexpr int kGemmRows = 2 * kHalf;
 constexpr int kTileColumnsInRegisters = 2 * kLanes;
 
-// Weights that are needed next, read ahead into L2: one cache line per row of B.
+// Weights that are needed next, read ahead into L2: one cache line per row of B, as more at once
+// would fill the queue of misses and stop everything.
 struct ReadAhead {
   const float* next;
-  int64_t step;  // floats; 0 reads nothing more
+  int64_t step;                     // floats; 0 reads nothing more
+  int64_t left = int64_t(1) << 40;  // lines, a multiple of 16
+  int64_t passes = 2;               // over B, of which the second one reads the lines behind these
+
+  ReadAhead in_pass(int64_t pass) const {
+    return {next + pass * 16, pass < passes ? step : 0, left, passes};
+  }
 };
 
 // Lines of memory that will be written, and those of a residual: one pixel's each step. Asked for
@@ -102,6 +109,7 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
       lines.prefetch();
     }
     lines.done(length);
+    if ((ahead.left -= length) <= 0) ahead.step = 0;
     first += a.chunk_stride;
     second += a.chunk_stride;
   }

@@ -29,7 +29,7 @@ void multiply(const float* transformed, int64_t rows, const float* weights, int6
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    ReadAhead mine{ahead.next + part * 16, part < 2 ? ahead.step : 0};  // one line of two
+    ReadAhead mine = ahead.in_pass(part);
     for (int64_t k = 0; k < depth; k += chain) {
       const int64_t length = depth - k < chain ? depth - k : chain;
       const float* first = transformed + begin * 16 + k * rows;
@@ -37,27 +37,25 @@ void multiply(const float* transformed, int64_t rows, const float* weights, int6
                                                weights + k * kPanel, length, mine, adds || k > 0,
                                                products + begin * kPanel);
       mine.next += length * mine.step;
+      mine.left -= length;
     }
   }
 }
 
-// The plain weights of one tap and 16 channels, or a quarter of them where channels lie apart: what
-// a product can bring in of those that the next part gathers.
-inline void expect_weights(const WeightView& view, const PanelPart& part, int64_t w) {
-  const int64_t tap = w / 4, quarter = w % 4 * (kLateChannels / 4);
+// Of the plain weights that the next part gathers 32 lines, a 36th, to be read during a product.
+inline ReadAhead expect_weights(const WeightView& view, const PanelPart& part, int64_t w) {
   const float* const from = view.data + part.group * view.group_stride +
                             part.panel * kPanel * view.output_stride +
-                            (part.first + quarter) * view.input_stride +
-                            tap / 3 * view.tap_stride[0] + tap % 3 * view.tap_stride[1];
-  if (part.panel * kPanel + kPanel > view.outputs) return;
-  if (view.output_stride == 1) {
-    for (int64_t c = 0; c < kLateChannels / 4; ++c) {
-      __builtin_prefetch(from + c * view.input_stride);
-      __builtin_prefetch(from + c * view.input_stride + 16);
-    }
-  } else {
-    for (int64_t n = 0; n < kPanel; ++n) __builtin_prefetch(from + n * view.output_stride);
+                            part.first * view.input_stride;
+  if (part.panel * kPanel + kPanel > view.outputs) return {view.data, 0};
+  const int64_t tap = w / 4;
+  const float* const own =
+      from + tap / 3 * view.tap_stride[0] + tap % 3 * view.tap_stride[1] + w % 2 * 16;
+  if (view.output_stride == 1) {  // half of the channels, half of the outputs
+    return {own + w / 2 % 2 * (kLateChannels / 2) * view.input_stride, view.input_stride, 32, 1};
   }
+  if (view.input_stride == 1) return {own + w / 2 % 2 * 32, view.output_stride, 32, 1};
+  return {from + w * 16, view.output_stride, 32, 1};  // the taps of one channel side by side
 }
 
 // Where weights are transformed here, it is done with as many channels as L2 holds at a time, and
@@ -87,10 +85,9 @@ void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_
     for (int64_t w = 0; w < weights; ++w) {
       if (first == 0) between(w);
       if (block.rows[w] == 0) continue;
-      if (task.gathers()) expect_weights(view, next, w);
       const float* const matrix = task.late ? late + w * kLateSlice : packed + w * depth * kPanel;
       constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
-      const ReadAhead ahead = task.gathers() ? ReadAhead{matrix, 0}
+      const ReadAhead ahead = task.gathers() ? expect_weights(view, next, w)
                               : task.late
                                   ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
                                   : ReadAhead{matrix + depth * kPanel, kPanel};
