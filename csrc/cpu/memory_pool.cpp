@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -21,6 +22,9 @@ namespace {
 constexpr size_t kPage = size_t(4) << 10;
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kSmallest = size_t(1) << 20;
+// From here on scratch memory, which is read again and again, takes a huge page: of small pages
+// chance may put too many into the same sets of L2, for as long as the process lives.
+constexpr size_t kHugeScratch = size_t(256) << 10;
 
 struct Block {
   char* data;
@@ -197,7 +201,8 @@ Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType d
 
 Workspace::Workspace(size_t floats) {
   if (floats == 0) return;
-  const Block block = pool().allocate(floats * sizeof(float));
+  const size_t bytes = floats * sizeof(float);
+  const Block block = pool().allocate(bytes < kHugeScratch ? bytes : std::max(bytes, kHugePage));
   data_ = reinterpret_cast<float*>(block.data);
   bytes_ = block.bytes;
 }

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from resnet_fused.backends import native
 from resnet_fused.ops.schema import statistics_dtype
 
 
@@ -90,32 +91,36 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, cou
 def update_all_running_statistics(
     norms: Sequence[nn.BatchNorm2d], statistics: Sequence[Tensor], counts: Sequence[int]
 ) -> None:
-    """:func:`update_running_statistics` of several modules, in fewer calls where they are alike.
+    """:func:`update_running_statistics` of several modules, in one call where they are alike.
 
     Args:
         statistics: mean and biased variance of each in turn.
     """
     momentum = norms[0].momentum
-    tracked = [bn._buffers["num_batches_tracked"] for bn in norms]
+    counters = [bn._buffers["num_batches_tracked"] for bn in norms]
     running = [t for bn in norms for t in (bn._buffers["running_mean"], bn._buffers["running_var"])]
-    moving = [t for t in running if t is not None]
-    batches = [t for t in tracked if t is not None]
     alike = (
-        len(set(map(id, norms))) == len(norms) == len(batches)
-        and len(moving) == len(running)
-        and all(r.dtype == b.dtype for r, b in zip(moving, statistics, strict=True))
+        native.available
+        and momentum is not None
+        and torch._C._current_graph_task_id() == -1
+        and len(set(map(id, norms))) == len(norms)
+        and all(c is not None and c.is_cpu for c in counters)
+        and all(
+            r is not None and r.is_cpu and r.dtype == b.dtype and r.is_contiguous()
+            for r, b in zip(running, statistics, strict=True)
+        )
         and all(bn.training and bn.track_running_stats and bn.momentum == momentum for bn in norms)
     )
-    if momentum is None or not alike or torch._C._current_graph_task_id() != -1:
+    if not alike:
         for i, bn in enumerate(norms):
             update_running_statistics(bn, statistics[2 * i], statistics[2 * i + 1], counts[i])
         return
-    with torch.no_grad():
-        factors = [f for n in counts for f in (1.0, n / max(n - 1, 1))]
-        unbiased = torch._foreach_mul(list(statistics), factors)
-        torch._foreach_mul_(moving, 1 - momentum)
-        torch._foreach_add_(moving, unbiased, alpha=momentum)
-        torch._foreach_add_(batches, 1)
+    factors = [f for n in counts for f in (1.0, n / max(n - 1, 1))]
+    torch.ops.resnet_fused._update_running_statistics(
+        running, counters, statistics, factors, momentum
+    )
+    changed = [t for t in (*running, *counters) if t is not None]
+    torch.autograd.graph.increment_version(changed)  # compiled operators don't
 
 
 def affine(bn: nn.BatchNorm2d, input: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends.native_conv import Wired
 from resnet_fused.checks import DTYPES
+from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import (
     affine,
     process_group,
@@ -41,6 +42,7 @@ class Training:
 
     wiring: tuple[Wired, ...]
     low_memory: bool
+    _made: Kept[TrainBlock | None] = field(default_factory=Kept, compare=False)
 
     def run(self, input: Tensor | Deferred, modules: Sequence[Any]) -> Tensor | None:
         """The block's output; None where its steps have to choose themselves."""
@@ -50,67 +52,78 @@ class Training:
         if any(bn is None or not uses_batch_statistics(bn) for bn in norms):
             return None
         data = input.z if isinstance(input, Deferred) else input
-        weights = [t for c in convs for t in (c.weight, c.bias)]
         (data,) = cast_for_autocast(data.device, data)
-        shapes = self._shapes(data, weights, convs, norms)
-        if shapes is None:
+        state = _state(data, convs, norms)
+        block = self._made.get(state, (), lambda: self._block(data, convs, norms))
+        if block is None:
             return None
         if isinstance(input, Deferred):
             (data,) = cast_for_autocast(data.device, input.tensor())
         parameters: list[Tensor | None] = []
-        for i, bn in enumerate(norms):
-            parameters += [*weights[2 * i : 2 * i + 2], *affine(bn, data)]
+        for conv, bn in zip(convs, norms, strict=True):
+            own = conv._parameters
+            parameters += [own["weight"], own["bias"], *affine(bn, data)]
         if not any(t is not None and t.requires_grad for t in (data, *parameters)):
             return None
-        output, statistics, counts = self._block(convs, norms)(data, parameters)
+        output, statistics, counts = block(data, parameters)
         update_all_running_statistics(norms, statistics, counts)
         return output
 
-    def _block(self, convs: Sequence[Any], norms: Sequence[nn.BatchNorm2d]) -> TrainBlock:
-        steps = []
-        for conv, bn, wired in zip(convs, norms, self.wiring, strict=True):
-            options = options_of(conv, bn, wired.act, wired.negative_slope)
-            steps.append(TrainStep(wired.input, wired.residual, options, process_group(bn)))
-        return TrainBlock(tuple(steps), self.low_memory)
-
-    def _shapes(
-        self,
-        data: Tensor,
-        weights: Sequence[Tensor | None],
-        convs: Sequence[Any],
-        norms: Sequence[nn.BatchNorm2d],
-    ) -> list[torch.Size] | None:
-        """The shape of each convolution's output; None if anything does not fit the others."""
+    def _block(
+        self, data: Tensor, convs: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d]
+    ) -> TrainBlock | None:
+        """What runs; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
             return None
         # Autocast would cast the parameters; what needs them so does it itself.
         kind = data.device.type
         casts = torch.is_autocast_enabled(kind) and data.dtype == torch.get_autocast_dtype(kind)
-        for t in (data, *weights):
+        for t in (data, *(t for conv in convs for t in (conv.weight, conv.bias))):
             if t is not None and not (
                 (t.dtype == data.dtype or (casts and t.dtype == torch.float32))
                 and t.device == data.device
                 and t.layout == torch.strided
             ):
                 return None
+        steps = []
         shapes: list[torch.Size] = [data.shape, torch.Size()]
-        for i, (conv, bn, wired) in enumerate(zip(convs, norms, self.wiring, strict=True)):
-            input, weight = shapes[wired.input], weights[2 * i]
+        for conv, bn, wired in zip(convs, norms, self.wiring, strict=True):
+            input, weight = shapes[wired.input], conv.weight
             vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-            assert weight is not None
             if input[1] != weight.shape[1] * conv.groups or any(
                 v is not None and (v.shape != weight.shape[:1] or v.device != data.device)
                 for v in vectors
             ):
                 return None
-            padding = conv_padding(conv)
-            assert padding is not None  # the matcher leaves such convolutions alone
-            size = conv_output_size(input, weight, conv.stride, padding, conv.dilation)
-            shape = torch.Size(size)
-            alone = process_group(bn) is None
-            if min(size) < 1 or (alone and shape.numel() == shape[1]):
+            options = options_of(conv, bn, wired.act, wired.negative_slope)
+            size = conv_output_size(
+                input, weight, options.stride, options.padding, options.dilation
+            )
+            shape, group = torch.Size(size), process_group(bn)
+            if min(size) < 1 or (group is None and shape.numel() == shape[1]):
                 return None
             if wired.residual >= 0 and shapes[wired.residual] != shape:
                 return None
             shapes.append(shape)
-        return shapes[2:]
+            steps.append(TrainStep(wired.input, wired.residual, options, group))
+        return TrainBlock(tuple(steps), self.low_memory)
+
+
+def _state(
+    data: Tensor, convs: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d]
+) -> tuple[object, ...]:
+    """Everything that :meth:`Training._block` looks at."""
+    kind = data.device.type
+    casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    state: list[object] = [casts, *_kind(data)]
+    for conv, bn in zip(convs, norms, strict=True):
+        state += _kind(conv._parameters["weight"])
+        state += _kind(conv._parameters["bias"])
+        state += (conv.stride, conv.padding, conv.dilation, conv.groups, bn.eps, process_group(bn))
+        for t in (*bn._parameters.values(), *bn._buffers.values()):
+            state += (None,) if t is None else (t.shape, t.device)
+    return tuple(state)
+
+
+def _kind(t: Tensor | None) -> tuple[object, ...]:
+    return () if t is None else (t.shape, t.dtype, t.device, t.layout)

@@ -106,14 +106,11 @@ def is_channels_last(tensor: Tensor) -> bool:
     The rule of ATen's ``suggest_memory_format`` for four dimensions, as every call needs it: going
     from channels outwards no stride is smaller than what lies inside it.
     """
-    if tensor.dim() != 4 or 0 in tensor.shape or tensor.stride(1) == 0:
+    if tensor.dim() != 4 or tensor.numel() == 0:
         return False
-    least = 0
-    for size, stride in ((tensor.shape[d], tensor.stride(d)) for d in (1, 3, 2)):
-        if stride < least:
-            return False
-        least = stride * size
-    return tensor.stride(0) >= least and least != tensor.stride(1)
+    _, channels, height, width = tensor.shape
+    images, c, y, x = tensor.stride()
+    return c != 0 and images >= y * height != c and y >= x * width and x >= c * channels
 
 
 @torch.library.register_fake(f"{NAMESPACE}::conv_bn_act", lib=_library)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,21 +72,21 @@ class TrainBlock:
         output, *statistics = _BlockFunction.apply(self, counts, input, *parameters)
         return output, statistics, counts
 
-    @property
+    @cached_property
     def materialised(self) -> frozenset[int]:
         """Values that exist as tensors: sums, what is added to others, and the output."""
         added = {step.residual for step in self.steps}
         sums = {OUTSIDE + i for i, step in enumerate(self.steps) if step.residual >= 0}
         return frozenset(added | sums | {OUTSIDE + len(self.steps) - 1}) - {-1}
 
-    @property
-    def kept(self) -> frozenset[int]:
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
         """Values that backward reads as tensors."""
         steps = self.steps
         sums = {OUTSIDE + i for i, step in enumerate(steps) if step.residual >= 0}
         read = {step.input for step in steps} & ({INPUT} | sums)
         masks = {OUTSIDE + i for i, step in enumerate(steps) if step.mask_from_output}
-        return frozenset(read | masks | {s.residual for s in steps if s.mask_from_residual})
+        return tuple(sorted(read | masks | {s.residual for s in steps if s.mask_from_residual}))
 
 
 class _Values:
@@ -139,11 +140,11 @@ class _BlockFunction(torch.autograd.Function):
         if block.low_memory:
             outputs.pop()
         result = values.tensors[OUTSIDE + len(block.steps) - 1]
-        ctx.block, ctx.kept, ctx.shape = block, sorted(block.kept), result.shape
+        ctx.block, ctx.shape = block, result.shape
         ctx.kind = {"dtype": result.dtype, "device": result.device}
         ctx.saved, ctx.counts = (len(outputs), len(statistics)), counts
         ctx.save_for_backward(
-            *outputs, *statistics, *(values.tensors[v] for v in ctx.kept), *parameters
+            *outputs, *statistics, *(values.tensors[v] for v in block.kept), *parameters
         )
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
@@ -164,8 +165,8 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
     last = len(block.steps) - 1
     outputs = saved[: ctx.saved[0]]
     statistics = saved[ctx.saved[0] : sum(ctx.saved)]
-    tensors = dict(zip(ctx.kept, saved[sum(ctx.saved) :], strict=False))
-    values = _Values(block, tensors, saved[sum(ctx.saved) + len(ctx.kept) :])
+    tensors = dict(zip(block.kept, saved[sum(ctx.saved) :], strict=False))
+    values = _Values(block, tensors, saved[sum(ctx.saved) + len(block.kept) :])
     for i, z in enumerate(outputs):
         values.normalise(i, z, *statistics[2 * i : 2 * i + 2])
     if len(outputs) == last:

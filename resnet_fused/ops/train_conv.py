@@ -69,6 +69,8 @@ class Normalised(NamedTuple):
 
     def vectors(self) -> list[Tensor]:
         """Mean, variance, weight and bias; an empty tensor for one that is not there."""
+        if self.weight is not None and self.bias is not None:
+            return [self.mean, self.var, self.weight, self.bias]
         none = self.mean.new_empty(0)
         weight, bias = (none if t is None else t for t in (self.weight, self.bias))
         return [self.mean, self.var, weight, bias]
