@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import packing
-from resnet_fused.backends import onednn
+from resnet_fused.backends import native_conv, onednn
 from resnet_fused.graph.analyse import Candidate, analyse
 from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
@@ -169,7 +169,9 @@ def _backend(model: nn.Module, candidate: Candidate, seen: Mapping[str, Observed
         return passes
     if tensor.device.type == "cpu" and onednn.unusable(tensor.dtype) is None:
         algorithm = _algorithm(first, seen.get(candidate.modules[0]))
-        return f"eval: {algorithm}; training: library conv + {passes}"
+        own = native_conv.unusable(tensor.dtype) is None
+        block = "by shape in blocks and stems, else " if own else ""
+        return f"eval: {algorithm}; training: {block}library conv + {passes}"
     return f"library conv + {passes}"
 
 
