@@ -3,13 +3,14 @@
 #include "channel_sums.h"
 
 // deviation += sum of x - shift, moment += sum of (x - shift)^2
-template <class A>
-void add_deviations(const Tile& tile, const A* x, const double* shifts, double* deviation,
+template <class T>
+void add_deviations(const Tile& tile, const T* x, const double* shifts, double* deviation,
                     double* moment) {
+  using A = compute_t<T>;
   by_direction(tile.along, [&](auto direction) __attribute__((always_inline)) {
     const auto shift = direction(shifts, 0);
     const auto value = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-      const A d = x[i] - static_cast<A>(shift[j]);
+      const A d = widened(x[i]) - static_cast<A>(shift[j]);
       return Two<A>{d, d * d};
     };
     add_to_channels<8>(tile, direction, value, deviation, moment);
@@ -25,8 +26,8 @@ void partial_statistics(const PartialStatistics& partial, const Chunks& chunks, 
   Input<T> buffer;
   const auto add = [&](const Unit& unit) {
     for_tiles_of<T>(unit, chunks.extent, [&](const Tile& tile, int64_t index) {
-      add_deviations<A>(tile, buffer.read(input, tile), partial.shift + index,
-                        partial.deviation + index, partial.moment + index);
+      add_deviations<tile_t<T>>(tile, buffer.read(input, tile), partial.shift + index,
+                                partial.deviation + index, partial.moment + index);
     });
   };
   for (int64_t u = begin; u < end; ++u) {

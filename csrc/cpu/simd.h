@@ -13,19 +13,36 @@ DEVICE_INLINE To bits_as(From value) {
 
 // ---- 16-bit types -------------------------------------------------------------------------------
 
-inline void widen(const bf16* __restrict from, float* __restrict to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = bits_as<float>(static_cast<uint32_t>(from[i].bits) << 16);
+DEVICE_INLINE float widened(bf16 x) {
+  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+DEVICE_INLINE float widened(float x) {
+  return x;
+}
+DEVICE_INLINE double widened(double x) {
+  return x;
 }
 
 // Round to nearest even; a NaN becomes 0x7FC0, as in PyTorch.
+DEVICE_INLINE void narrow(float x, bf16& to) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+DEVICE_INLINE void narrow(float x, float& to) {
+  to = x;
+}
+DEVICE_INLINE void narrow(double x, double& to) {
+  to = x;
+}
+
+inline void widen(const bf16* __restrict from, float* __restrict to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = widened(from[i]);
+}
 inline void narrow(const float* __restrict from, bf16* __restrict to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_as<uint32_t>(from[i]);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    to[i].bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-  }
+  for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
 
 #if RESNET_FUSED_F16C
@@ -172,20 +189,27 @@ struct Tile {
   int64_t offset;  // of its first element
   int64_t rows;
   int64_t columns;
-  int64_t stride;   // from row to row in memory; tiles of float and double data are dense
+  int64_t stride;   // from row to row in memory; only tiles of float16 data are not dense
   int64_t channel;  // of its first column
   bool along;       // one channel per column, else all of one channel
 };
 
-// 16-bit data is converted tile by tile through dense buffers that stay in L1: 1024 floats, eight
-// rows (as many as are added at once, channel_sums.h) of 128 or more of fewer columns.
+// What a tile's numbers are read as. float16 is converted tile by tile through dense buffers that
+// stay in L1: 1024 floats, eight rows (as many as are added at once, channel_sums.h) of 128 or more
+// of fewer columns.
+template <class T>
+using tile_t = std::conditional_t<std::is_same<T, f16>::value, float, T>;
 constexpr int64_t kTile = 1024;
 constexpr int64_t kTileColumns = 128;
 
 template <class T>
 struct Input {
+  DEVICE_INLINE const T* read(const T* data, const Tile& tile) { return data + tile.offset; }
+};
+template <>
+struct Input<f16> {
   float buffer[kTile];
-  DEVICE_INLINE const float* read(const T* data, const Tile& tile) {
+  DEVICE_INLINE const float* read(const f16* data, const Tile& tile) {
     const bool dense = tile.columns == tile.stride;
     const int64_t run = dense ? tile.rows * tile.columns : tile.columns;
     for (int64_t row = 0; row < (dense ? 1 : tile.rows); ++row) {
@@ -194,24 +218,17 @@ struct Input {
     return buffer;
   }
 };
-template <>
-struct Input<float> {
-  DEVICE_INLINE const float* read(const float* data, const Tile& tile) {
-    return data + tile.offset;
-  }
-};
-template <>
-struct Input<double> {
-  DEVICE_INLINE const double* read(const double* data, const Tile& tile) {
-    return data + tile.offset;
-  }
-};
 
 template <class T>
 struct Output {
+  DEVICE_INLINE T* begin(T* data, const Tile& tile) { return data + tile.offset; }
+  DEVICE_INLINE void end(T*, const Tile&) {}
+};
+template <>
+struct Output<f16> {
   float buffer[kTile];
-  DEVICE_INLINE float* begin(T*, const Tile&) { return buffer; }
-  DEVICE_INLINE void end(T* data, const Tile& tile) {
+  DEVICE_INLINE float* begin(f16*, const Tile&) { return buffer; }
+  DEVICE_INLINE void end(f16* data, const Tile& tile) {
     const bool dense = tile.columns == tile.stride;
     const int64_t run = dense ? tile.rows * tile.columns : tile.columns;
     for (int64_t row = 0; row < (dense ? 1 : tile.rows); ++row) {
@@ -219,20 +236,8 @@ struct Output {
     }
   }
 };
-template <>
-struct Output<float> {
-  DEVICE_INLINE float* begin(float* data, const Tile& tile) { return data + tile.offset; }
-  DEVICE_INLINE void end(float*, const Tile&) {}
-};
-template <>
-struct Output<double> {
-  DEVICE_INLINE double* begin(double* data, const Tile& tile) { return data + tile.offset; }
-  DEVICE_INLINE void end(double*, const Tile&) {}
-};
 
-// What a kernel does to a tile is a function of float or double alone, called through a pointer;
-// only the loops that cut tiles and convert are compiled per dtype. A call costs nothing beside a
-// tile.
+// What a kernel does to a tile is called through a pointer, which costs nothing beside a tile.
 template <class Body>
 DEVICE_INLINE void by_direction(bool along, const Body& body) {
   if (along) {
@@ -245,7 +250,7 @@ DEVICE_INLINE void by_direction(bool along, const Body& body) {
 // Rows [begin, end) of an [outer][channels] array.
 template <class T, class Body>
 DEVICE_INLINE void for_tiles_along(int64_t channels, int64_t begin, int64_t end, const Body& body) {
-  constexpr bool is_converted = !std::is_same<T, compute_t<T>>::value;
+  constexpr bool is_converted = !std::is_same<T, tile_t<T>>::value;
   const int64_t columns = is_converted && channels > kTileColumns ? kTileColumns : channels;
   const int64_t step = is_converted ? kTile / columns : end - begin;
   for (int64_t row = begin; row < end; row += step) {
