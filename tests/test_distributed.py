@@ -73,6 +73,7 @@ def worker(
         result = job(rank, size, *args)
         if rank == 0:
             torch.save(result, path)
+        dist.barrier()  # nobody leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
