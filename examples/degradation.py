@@ -88,11 +88,9 @@ def summary(panels: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def plot(panels: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Training error thin and dashed, test error bold, the mean over the seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (kind, runs) in zip(axes, panels.items(), strict=True):
         for name, colour in zip(
@@ -110,7 +108,7 @@ def plot(panels: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     axes[0].set_ylabel("error, %")
-    figure.savefig(path, dpi=110)
+    digits.save(figure, path)
 
 
 def experiment(args: argparse.Namespace) -> int:
@@ -158,14 +156,9 @@ def experiment(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse the arguments and run the experiment."""
-    parser = cli.Parser(prog="degradation.py", description=__doc__)
-    parser.set_defaults(run=experiment)
+    parser = digits.experiment_parser("degradation", __doc__, experiment, size=16)
     parser.add_argument("--epochs", type=cli.positive, default=60, metavar="N")
     parser.add_argument("--seeds", type=cli.positive, default=1, metavar="N")
-    parser.add_argument("--size", type=cli.positive, default=16, help="of an image, in pixels")
-    parser.add_argument("--batch-size", type=cli.positive, default=64, metavar="N")
-    parser.add_argument("--json", metavar="FILE", help="write all errors as JSON")
-    parser.add_argument("--plot", default="degradation.png", metavar="FILE")
     return cli.run_program(parser)
 
 

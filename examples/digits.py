@@ -1,4 +1,5 @@
-"""What the examples share: real images with labels that need no download, and the paper's recipe.
+"""What the examples share: real images with labels that need no download, the paper's recipe, and
+what each experiment asks and writes.
 
 scikit-learn brings 1,797 handwritten digits of 8x8 pixels (Alpaydin and Kaynak, *Optical
 Recognition of Handwritten Digits*, UCI 1998). Four fifths are for training, one for the test.
@@ -9,12 +10,20 @@ up again anywhere, and any number of processes can share a batch, with the same 
 
 from __future__ import annotations
 
+import io
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resnet_fused import benchmark, cli
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TEST_SHARE = 0.2
 _ROTATION = math.radians(10)
@@ -77,6 +86,26 @@ def test_error(model: nn.Module, digits: Digits) -> float:
         wrong = model(digits.images).argmax(1) != digits.labels
     model.train(training)
     return wrong.float().mean().item()
+
+
+def experiment_parser(
+    program: str, description: str | None, run: Callable[..., int], *, size: int
+) -> cli.Parser:
+    """The arguments that every experiment has; `run` gets them all."""
+    parser = cli.Parser(prog=f"{program}.py", description=description)
+    parser.set_defaults(run=run)
+    parser.add_argument("--size", type=cli.positive, default=size, help="of an image, in pixels")
+    parser.add_argument("--batch-size", type=cli.positive, default=64, metavar="N")
+    parser.add_argument("--json", metavar="FILE", help="write every number as JSON")
+    parser.add_argument("--plot", default=f"{program}.png", metavar="FILE")
+    return parser
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a plot, entirely or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format=path.suffix.removeprefix("."))
+    benchmark.write_atomically(path, data.getvalue())
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -106,11 +106,9 @@ def distance(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """The loss of each variant: the mean over the seeds, and from the lowest to the highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for variant, colour in zip(VARIANTS, ("#7f7f7f", "#1b9e77"), strict=True):
         curves = smoothed(runs, variant)
@@ -120,7 +118,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     axis.set(xlabel="step", ylabel=f"loss, mean of {_WINDOW} steps", yscale="log")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=110)
+    digits.save(figure, path)
 
 
 def experiment(args: argparse.Namespace) -> int:
@@ -175,16 +173,11 @@ def experiment(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse the arguments and run the experiment."""
-    parser = cli.Parser(prog="train_digits.py", description=__doc__)
-    parser.set_defaults(run=experiment)
+    parser = digits.experiment_parser("train_digits", __doc__, experiment, size=32)
     parser.add_argument("--model", choices=sorted(models.MODELS), default="resnet20")
     parser.add_argument("--memory", choices=("default", "low"), default="default")
     parser.add_argument("--steps", type=cli.positive, default=200, metavar="N")
     parser.add_argument("--seeds", type=cli.positive, default=5, metavar="N")
-    parser.add_argument("--size", type=cli.positive, default=32, help="of an image, in pixels")
-    parser.add_argument("--batch-size", type=cli.positive, default=64, metavar="N")
-    parser.add_argument("--json", metavar="FILE", help="write all losses as JSON")
-    parser.add_argument("--plot", default="train_digits.png", metavar="FILE")
     return cli.run_program(parser)
 
 

@@ -1,0 +1,22 @@
+"""Blocks and images that the library's own training kernels take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import models
+
+
+def big(kind: str, **options: Any) -> nn.Module:
+    """A block that the library's own kernels take."""
+    torch.manual_seed(1)
+    builder = models.resnet18 if kind == "basic" else models.resnet50
+    return builder(**options).layer2.train().to(memory_format=torch.channels_last)
+
+
+def images(kind: str) -> Tensor:
+    channels = 64 if kind == "basic" else 256
+    return torch.randn(4, channels, 20, 18).to(memory_format=torch.channels_last)
