@@ -227,7 +227,7 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     gemm = LIBRARY if problem.bf16 else "gemm"
     if problem.channels < _LEAST_CHANNELS:
         # The gradient of an image is seldom wanted, and not by whom speed matters to.
-        return TrainingAlgorithms(LIBRARY if problem.bf16 else "direct", LIBRARY, gemm)
+        return TrainingAlgorithms("direct", LIBRARY, gemm)
     if problem.bf16 and (problem.channels % 2 or problem.out_channels % 2):
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
     winograd = (

@@ -253,15 +253,16 @@ def test_repeats_are_the_same_bits(algorithm: str) -> None:
 
 @pytest.mark.skipif(not native.available or not native_conv.multiplies_bf16(), reason="AVX512_BF16")
 @pytest.mark.parametrize(
-    ("algorithm", "kernel", "stride"),
-    [("direct", 1, 1), ("direct", 3, 2), ("winograd2", 3, 1), ("winograd3", 3, 2),
-     ("winograd4", 3, 1), ("winograd4_late", 3, 2)],
+    ("algorithm", "channels", "kernel", "stride"),
+    [("direct", 50, 1, 1), ("direct", 50, 3, 2), ("direct", 3, 7, 2), ("direct", 15, 2, 1),
+     ("direct", 1, 3, 1), ("winograd2", 50, 3, 1), ("winograd3", 50, 3, 2),
+     ("winograd4", 50, 3, 1), ("winograd4_late", 50, 3, 2)],
 )  # fmt: skip
-def test_bfloat16(algorithm: str, kernel: int, stride: int) -> None:
+def test_bfloat16(algorithm: str, channels: int, kernel: int, stride: int) -> None:
     """Weights stay float32 in the model; what is multiplied may be rounded, sums are float32."""
     padding = kernel // 2
-    x = torch.randn(3, 50, 14, 13).bfloat16().to(memory_format=torch.channels_last)
-    weight = torch.randn(70, 50, kernel, kernel) / (50 * kernel**2) ** 0.5
+    x = torch.randn(3, channels, 14, 13).bfloat16().to(memory_format=torch.channels_last)
+    weight = torch.randn(70, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
     geometry = [stride, stride, padding, padding, 1, 1]
     none: tuple[Any, ...] = ([], 0.0, "none", 0.0)
     z, _, var = ops._train_conv(x, *none, weight, None, geometry, algorithm)
@@ -314,10 +315,14 @@ def test_max_pool_of_an_activation(window: tuple[int, ...], dtype: torch.dtype) 
     )
     z[0, 3, 4, 5] = 0.5
     output, positions = ops._train_pool(z, vectors, EPS, "relu", 0.0, list(window))
-    spread = ops._max_unpool(grad, positions, z, list(window))
+    a = ops.normalize_act(z, None, *vectors, EPS, "relu", 0.0).double()
+    _, indices = torch.ops.aten.max_pool2d_with_indices(a, *pairs)
+    spread = torch.ops.aten.max_pool2d_with_indices_backward(
+        grad.double(), a, *pairs, False, indices
+    )
     sums = ops._train_pool_sums(grad, positions, z, vectors, EPS, "relu", 0.0, list(window))
     _, *expected_sums = reference.bn_act_backward_sums(
-        spread.double(), z.double(), None, None, *[v.double() for v in vectors],
+        spread, z.double(), None, None, *[v.double() for v in vectors],
         EPS, "relu", 0.0, False,
     )  # fmt: skip
     for actual, exact in zip(sums, expected_sums, strict=True):

@@ -51,6 +51,14 @@ void max_pool(const void* input, void* output, uint8_t* positions, const PoolSha
       [&](int64_t begin, int64_t end) { kernel(input, output, positions, shape, begin, end); });
 }
 
+void read_found(const void* input, const uint8_t* positions, void* output, const PoolShape& shape,
+                int64_t images, ScalarType dtype) {
+  const auto kernel = RESNET_FUSED_CALL(read_found_kernel, dtype);
+  torch::stable::parallel_for(
+      0, images * shape.out_height, grain(shape.out_width * shape.channels),
+      [&](int64_t begin, int64_t end) { kernel(input, positions, output, shape, begin, end); });
+}
+
 void max_unpool(const void* grad, const uint8_t* positions, void* grad_input,
                 const PoolShape& shape, int64_t images, ScalarType dtype) {
   const auto kernel = RESNET_FUSED_CALL(max_unpool_kernel, dtype);

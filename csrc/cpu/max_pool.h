@@ -24,6 +24,10 @@ constexpr int64_t kMostPositions = 255;  // of a window, where its largest value
 void max_pool(const void* input, void* output, uint8_t* positions, const PoolShape& shape,
               int64_t images, ScalarType dtype);
 
+// Another tensor of the input's shape, read where each output was found.
+void read_found(const void* input, const uint8_t* positions, void* output, const PoolShape& shape,
+                int64_t images, ScalarType dtype);
+
 // The gradient of the input: zero but where a window found its largest value.
 void max_unpool(const void* grad, const uint8_t* positions, void* grad_input,
                 const PoolShape& shape, int64_t images, ScalarType dtype);
@@ -31,6 +35,8 @@ void max_unpool(const void* grad, const uint8_t* positions, void* grad_input,
 // Rows [begin, end) of the output, counted over all images.
 using MaxPoolKernel = void (*)(const void* input, void* output, uint8_t* positions,
                                const PoolShape& shape, int64_t begin, int64_t end);
+using ReadFoundKernel = void (*)(const void* input, const uint8_t* positions, void* output,
+                                 const PoolShape& shape, int64_t begin, int64_t end);
 // Rows [begin, end) of the input.
 using MaxUnpoolKernel = void (*)(const void* grad, const uint8_t* positions, void* grad_input,
                                  const PoolShape& shape, int64_t begin, int64_t end);

@@ -42,20 +42,53 @@ struct Window {
   }
 };
 
-// One pixel of the output, channels [0, n): n is kBlock or what is left. NaN wins, as in eager.
+// Calls body(pixel's first number, place in the window) for the part of a window inside the image.
+template <class T, class Body>
+DEVICE_INLINE void for_pixels(const T* image, const PoolShape& s, const Window& rows,
+                              const Window& columns, const Body& body) {
+  int64_t position = rows.index * s.kernel[1] + columns.index;
+  for (int64_t h = rows.first; h < rows.last; h += s.dilation[0], position += s.kernel[1]) {
+    int32_t at = static_cast<int32_t>(position);
+    for (int64_t w = columns.first; w < columns.last; w += s.dilation[1], ++at) {
+      body(image + (h * s.width + w) * s.channels, at);
+    }
+  }
+}
+
+// Channels that are looked at together.
+constexpr int64_t kPoolBlock = 64;
+
+// Calls body(image, rows, columns, first number of the output, how many) for the rows [begin, end)
+// of the output.
+template <class T, class Body>
+DEVICE_INLINE void for_windows(const T* input, const PoolShape& s, int64_t begin, int64_t end,
+                               const Body& body) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = input + row / s.out_height * s.height * s.width * s.channels;
+    const Window rows(s, 0, row % s.out_height, s.height);
+    for (int64_t column = 0; column < s.out_width; ++column) {
+      const Window columns(s, 1, column, s.width);
+      const int64_t pixel = (row * s.out_width + column) * s.channels;
+      int64_t c = 0;
+      for (; c + kPoolBlock <= s.channels; c += kPoolBlock) {
+        body(image + c, rows, columns, pixel + c, kPoolBlock);
+      }
+      if (c < s.channels) body(image + c, rows, columns, pixel + c, s.channels - c);
+    }
+  }
+}
+
+// NaN wins, as in eager.
 template <class T, bool kPositions>
-DEVICE_INLINE void pool_pixel(const T* image, T* output, uint8_t* positions, const PoolShape& s,
-                              Window rows, Window columns, int64_t n) {
-  constexpr int64_t kBlock = 64;
-  compute_t<T> best[kBlock];
-  int32_t found[kBlock];
-  for (int64_t c = 0; c < kBlock; ++c)
-    best[c] = -INFINITY, found[c] = rows.index * s.kernel[1] + columns.index;
-  int32_t row = static_cast<int32_t>(rows.index * s.kernel[1] + columns.index);
-  for (int64_t h = rows.first; h < rows.last; h += s.dilation[0], row += s.kernel[1]) {
-    int32_t position = row;
-    for (int64_t w = columns.first; w < columns.last; w += s.dilation[1], ++position) {
-      const T* x = image + (h * s.width + w) * s.channels;
+void max_pool_rows(const void* input, void* output, uint8_t* positions, const PoolShape& s,
+                   int64_t begin, int64_t end) {
+  const auto pool = [&](const T* image, const Window& rows, const Window& columns, int64_t first,
+                        int64_t n) __attribute__((always_inline)) {
+    compute_t<T> best[kPoolBlock];
+    int32_t found[kPoolBlock];
+    const int32_t start = static_cast<int32_t>(rows.index * s.kernel[1] + columns.index);
+    for (int64_t c = 0; c < kPoolBlock; ++c) best[c] = -INFINITY, found[c] = start;
+    const auto compare = [&](const T* x, int32_t position) __attribute__((always_inline)) {
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) {
         const compute_t<T> value = pool_load(x[c]);
@@ -63,38 +96,37 @@ DEVICE_INLINE void pool_pixel(const T* image, T* output, uint8_t* positions, con
         best[c] = wins ? value : best[c];
         if (kPositions) found[c] = wins ? position : found[c];
       }
-    }
-  }
+    };
+    for_pixels(image, s, rows, columns, compare);
+    T* const to = static_cast<T*>(output) + first;
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) pool_store(best[c], output + c);
-  if (kPositions) {
+    for (int64_t c = 0; c < n; ++c) pool_store(best[c], to + c);
+    if (!kPositions) return;
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) positions[c] = static_cast<uint8_t>(found[c]);
-  }
+    for (int64_t c = 0; c < n; ++c) positions[first + c] = static_cast<uint8_t>(found[c]);
+  };
+  for_windows(static_cast<const T*>(input), s, begin, end, pool);
 }
 
-template <class T, bool kPositions>
-void max_pool_rows(const void* input, void* output, uint8_t* positions, const PoolShape& s,
-                   int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t n = row / s.out_height;
-    const T* image = static_cast<const T*>(input) + n * s.height * s.width * s.channels;
-    const Window rows(s, 0, row % s.out_height, s.height);
-    for (int64_t column = 0; column < s.out_width; ++column) {
-      const Window columns(s, 1, column, s.width);
-      const int64_t pixel = (row * s.out_width + column) * s.channels;
-      T* const to = static_cast<T*>(output) + pixel;
-      int64_t c = 0;
-      for (; c + 64 <= s.channels; c += 64) {
-        pool_pixel<T, kPositions>(image + c, to + c, positions + pixel + c, s, rows, columns,
-                                  int64_t(64));
+// Where a window found its largest value, another tensor's value.
+template <class T>
+void read_found_rows(const void* input, const uint8_t* positions, void* output, const PoolShape& s,
+                     int64_t begin, int64_t end) {
+  const auto read = [&](const T* image, const Window& rows, const Window& columns, int64_t first,
+                        int64_t n) __attribute__((always_inline)) {
+    compute_t<T> value[kPoolBlock] = {};
+    const auto look = [&](const T* x, int32_t position) __attribute__((always_inline)) {
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) {
+        value[c] = positions[first + c] == position ? pool_load(x[c]) : value[c];
       }
-      if (c < s.channels) {
-        pool_pixel<T, kPositions>(image + c, to + c, positions + pixel + c, s, rows, columns,
-                                  s.channels - c);
-      }
-    }
-  }
+    };
+    for_pixels(image, s, rows, columns, look);
+    T* const to = static_cast<T*>(output) + first;
+#pragma omp simd
+    for (int64_t c = 0; c < n; ++c) pool_store(value[c], to + c);
+  };
+  for_windows(static_cast<const T*>(input), s, begin, end, read);
 }
 
 // sums += grad where a window of one output row found position `wanted`
@@ -150,6 +182,13 @@ MaxPoolKernel max_pool_kernel_for(ScalarType dtype) {
 }
 inline MaxPoolKernel max_pool_kernel(ScalarType dtype, bool positions) {
   return positions ? max_pool_kernel_for<true>(dtype) : max_pool_kernel_for<false>(dtype);
+}
+inline ReadFoundKernel read_found_kernel(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return &read_found_rows<float>;
+    case ScalarType::Double: return &read_found_rows<double>;
+    default: return &read_found_rows<bf16>;
+  }
 }
 inline MaxUnpoolKernel max_unpool_kernel(ScalarType dtype) {
   switch (dtype) {

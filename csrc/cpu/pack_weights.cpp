@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "direct_conv.h"
 #include "isa.h"
 #include "winograd.h"
 
@@ -43,12 +44,11 @@ bool packs_quickly(Algorithm algorithm, bool pairs) {
 
 size_t quick_words(Algorithm algorithm, const WeightView& w, bool pairs) {
   if (algorithm == Algorithm::winograd4_late) return 0;
-  const int64_t words = pairs ? (w.inputs + 1) / 2 : w.inputs;
-  if (algorithm != Algorithm::direct) {
-    return winograd_packed_words(w.outputs, words, 1, largest_tile(algorithm), false);
+  if (algorithm == Algorithm::direct) {
+    return direct_packed_words(w.outputs, w.inputs, w.kernel, 1, pairs);
   }
-  const int64_t panels = (w.outputs + kPanel - 1) / kPanel;
-  return static_cast<size_t>(panels * kPanel * words * w.taps());
+  const int64_t words = pairs ? (w.inputs + 1) / 2 : w.inputs;
+  return winograd_packed_words(w.outputs, words, 1, largest_tile(algorithm), false);
 }
 
 void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, bool pairs,
@@ -59,8 +59,10 @@ void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, bool
   const std::vector<int64_t> along =
       transforms ? weights_along(largest_tile(algorithm), stride) : std::vector<int64_t>();
   const int64_t side = static_cast<int64_t>(along.size());
-  const int64_t matrices = transforms ? side * side : w.taps();
-  const int64_t words = pairs ? (w.inputs + 1) / 2 : w.inputs;
+  const bool windows = !transforms && direct_has_windows(w.inputs, pairs);  // rows are matrices
+  const int64_t matrices = transforms ? side * side : windows ? w.kernel[0] : w.taps();
+  const int64_t inputs = windows ? w.kernel[1] * w.inputs : w.inputs;
+  const int64_t words = pairs ? (inputs + 1) / 2 : inputs;
   const int64_t taps = transforms ? kPart * 9 * kPanel : 0;
   const int64_t made = pairs ? kPart * kPanel * (transforms ? kF4 * kF4 : w.taps()) : 0;
   const auto gather = RESNET_FUSED_CALL(gather_panel_kernel);
@@ -73,15 +75,15 @@ void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, bool
       const PanelPart part{0, panel, first, std::min(kPart, w.inputs - first)};
       float* const to = static_cast<float*>(packed) + panel * matrices * words * kPanel;
       float* const matrix = pairs ? scratch.data() + taps : to + first * kPanel;
-      const int64_t slice = (pairs ? kPart : words) * kPanel;
+      const int64_t slice = (windows ? inputs : pairs ? kPart : words) * kPanel;
       if (transforms) {
         transform(w, part, stride, slice, scratch.data(), matrix);
       } else {
-        gather(w, part, {kPanel, slice}, matrix);
+        gather(w, part, {kPanel, windows ? w.inputs * kPanel : slice}, matrix);
       }
       for (int64_t m = 0; pairs && m < matrices; ++m) {
         const int64_t from = transforms ? along[m / side] * kF4 + along[m % side] : m;
-        pair(matrix + from * slice, part.channels,
+        pair(matrix + from * slice, windows ? inputs : part.channels,
              reinterpret_cast<bf16*>(to + (m * words + first / 2) * kPanel));
       }
     }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "batch_statistics.h"
+#include "direct_conv.h"
 #include "isa.h"
 #include "max_pool.h"
 #include "pack_weights.h"
@@ -79,17 +80,18 @@ int64_t images_of_a_pass(const ConvShape& s, int64_t element) {
   return (s.batch + passes - 1) / passes;
 }
 
+// `channels` are those that are added up.
 Algorithm parse_quick(const char* op, const std::string& name, const ConvShape& shape,
-                      const Tensor& weight, bool is_bf16) {
+                      const Tensor& weight, int64_t channels, bool is_bf16) {
   const Algorithm algorithm = parse_algorithm(op, name);
   const bool pairs = multiplies_pairs(algorithm, is_bf16);
   check(packs_quickly(algorithm, pairs), op,
         ": training takes direct, winograd4, winograd4_late "
         "and, for bfloat16 data, winograd2 and winograd3, got ",
         name);
-  // Whole pairs only: few channels that do not come in pairs are paired along the kernel's row.
-  check(!pairs || shape.channels % 2 == 0, op, ": ", name,
-        " takes an even number of channels beside bfloat16 data, got ", shape.channels);
+  const bool windows = algorithm == Algorithm::direct && direct_has_windows(channels, pairs);
+  check(!pairs || windows || channels % 2 == 0, op, ": ", name,
+        " takes an even number of channels beside bfloat16 data, got ", channels);
   check(!pairs || isa() == Isa::avx512_bf16, op, ": bfloat16 data need AVX512_BF16 for ", name);
   check_weight(op, weight, 1, algorithm, pairs);
   check_geometry(op, shape, algorithm, is_bf16);
@@ -109,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> train_conv(
   const int64_t sizes[4] = {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
   Tensor output = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, dtype);
   const VectorArgument<float> shift(op, "bias", bias, output);
-  const PackedNow conv(parse_quick(op, algorithm, shape, weight, is_bf16), shape,
+  const PackedNow conv(parse_quick(op, algorithm, shape, weight, shape.channels, is_bf16), shape,
                        view_weight(weight, 1), shift.data(), is_bf16);
 
   const Images from = images_of(x), to = images_of(output);
@@ -263,7 +265,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
   const WeightView view = view_weight(weight, 1);
   std::optional<InputGrad> inputs;
   if (needs_input) {
-    inputs.emplace(parse_quick(op, input_algorithm, shape, weight, is_bf16), shape, view, is_bf16);
+    const Algorithm algorithm =
+        parse_quick(op, input_algorithm, shape, weight, shape.out_channels, is_bf16);
+    inputs.emplace(algorithm, shape, view, is_bf16);
   }
   std::optional<WeightGrad> weights;
   if (needs_weight) weights.emplace(shape, winograd, is_bf16, step);

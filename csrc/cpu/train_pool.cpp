@@ -66,23 +66,24 @@ std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& pos
             g.size(1) == z.size(1) && g.size(2) == shape.out_height && g.size(3) == shape.out_width,
         op, ": grad and positions must have the shape of the pool's output, got ",
         shape_text(g.sizes()), " and ", shape_text(p.sizes()));
-  const Norm norm(op, "vectors", vectors, eps, act, negative_slope, z);
+  const Norm norm(op, "vectors", vectors, eps, act, negative_slope, g);
   check(static_cast<bool>(norm), op, ": vectors must be mean, var, weight and bias, got none");
-  const Images from = images_of(g), to = images_of(z);
-  const int64_t step = std::max<int64_t>(1, kPassBytes / to.bytes());
-  const Workspace spread = to.workspace(step);
-  std::vector<double> sum_grad(to.channels), sum_deviation(to.channels);
-  for (int64_t first = 0; first < to.count; first += step) {
-    const int64_t count = std::min(step, to.count - first);
-    max_unpool(
-        at(g.const_data_ptr(), from, first),
-        static_cast<const uint8_t*>(p.const_data_ptr()) + first * from.pixels * from.channels,
-        spread.data(), shape, count, dtype);
-    std::vector<double> part_grad(to.channels), part_deviation(to.channels);
-    BackwardSums(norm.backward(spread.data(), at(z.const_data_ptr(), to, first), nullptr),
-                 to.extent(count), dtype, norm.act, MaskFrom::input, to.channels)
+  // A pixel that no window chose adds nothing.
+  const Images pooled = images_of(g), from = images_of(z);
+  const int64_t step = std::max<int64_t>(1, kPassBytes / from.bytes());
+  const Workspace found = pooled.workspace(step);
+  std::vector<double> sum_grad(from.channels), sum_deviation(from.channels);
+  for (int64_t first = 0; first < from.count; first += step) {
+    const int64_t count = std::min(step, from.count - first);
+    read_found(
+        at(z.const_data_ptr(), from, first),
+        static_cast<const uint8_t*>(p.const_data_ptr()) + first * pooled.pixels * pooled.channels,
+        found.data(), shape, count, dtype);
+    std::vector<double> part_grad(from.channels), part_deviation(from.channels);
+    BackwardSums(norm.backward(at(g.const_data_ptr(), pooled, first), found.data(), nullptr),
+                 pooled.extent(count), dtype, norm.act, MaskFrom::input, from.channels)
         .finish(part_grad.data(), part_deviation.data());
-    for (int64_t c = 0; c < to.channels; ++c) {
+    for (int64_t c = 0; c < from.channels; ++c) {
       sum_grad[c] += part_grad[c];
       sum_deviation[c] += part_deviation[c] * norm.values->rstd[c];
     }
