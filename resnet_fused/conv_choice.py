@@ -39,7 +39,7 @@ _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
 _GATHER_COST = 5  # of a kernel's nine weights being brought together there: products hide it
-_PAIRING_COST = 800  # of a kernel's nine weights becoming rounded pairs of 16 or 25 in the call
+_PAIRING_COST = 350  # of a kernel's nine weights becoming rounded pairs of 16 or 25 in the call
 _LATE_TILES = 14  # for which they are transformed once
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -17,8 +19,7 @@
 namespace resnet_fused {
 namespace {
 
-constexpr int64_t kPart = 64;  // channels: 72 KB of taps, which L2 holds
-constexpr int64_t kF4 = 6;     // weights along a line of F(4 x 4), of which smaller tiles use some
+constexpr int64_t kF4 = 6;  // weights along a line of F(4 x 4), of which smaller tiles use some
 
 int64_t largest_tile(Algorithm algorithm) {
   return algorithm == Algorithm::winograd2 ? 2 : algorithm == Algorithm::winograd3 ? 3 : 4;
@@ -53,39 +54,28 @@ size_t quick_words(Algorithm algorithm, const WeightView& w, bool pairs) {
 
 void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, bool pairs,
                   void* packed) {
-  const bool transforms = algorithm != Algorithm::direct;
+  PackTask task{w, algorithm != Algorithm::direct, stride, pairs, false, {}, 0};
+  task.windows = !task.transforms && direct_has_windows(w.inputs, pairs);
+  task.words = pairs ? (task.inputs() + 1) / 2 : task.inputs();
+  if (task.transforms) {
+    const std::vector<int64_t> along = weights_along(largest_tile(algorithm), stride);
+    for (const int64_t y : along) {
+      for (const int64_t x : along) task.sources.push_back(y * kF4 + x);
+    }
+  } else {
+    task.sources.resize(static_cast<size_t>(task.windows ? w.kernel[0] : w.taps()));
+    std::iota(task.sources.begin(), task.sources.end(), 0);
+  }
   const int64_t panels = (w.outputs + kPanel - 1) / kPanel;
-  const int64_t parts = (w.inputs + kPart - 1) / kPart;
-  const std::vector<int64_t> along =
-      transforms ? weights_along(largest_tile(algorithm), stride) : std::vector<int64_t>();
-  const int64_t side = static_cast<int64_t>(along.size());
-  const bool windows = !transforms && direct_has_windows(w.inputs, pairs);  // rows are matrices
-  const int64_t matrices = transforms ? side * side : windows ? w.kernel[0] : w.taps();
-  const int64_t inputs = windows ? w.kernel[1] * w.inputs : w.inputs;
-  const int64_t words = pairs ? (inputs + 1) / 2 : inputs;
-  const int64_t taps = transforms ? kPart * 9 * kPanel : 0;
-  const int64_t made = pairs ? kPart * kPanel * (transforms ? kF4 * kF4 : w.taps()) : 0;
-  const auto gather = RESNET_FUSED_CALL(gather_panel_kernel);
-  const auto transform = RESNET_FUSED_CALL(transform_panel_kernel);
-  const auto pair = RESNET_FUSED_CALL_BF16(pack_pairs_kernel);
+  const int64_t parts = (w.inputs + PackTask::kPackPart - 1) / PackTask::kPackPart;
+  const int64_t panel_floats = static_cast<int64_t>(task.sources.size()) * task.words * kPanel;
+  const PackKernel kernel = RESNET_FUSED_CALL_BF16(pack_kernel);
   torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(taps + made);
+    const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(task.scratch())]);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / parts, first = i % parts * kPart;
-      const PanelPart part{0, panel, first, std::min(kPart, w.inputs - first)};
-      float* const to = static_cast<float*>(packed) + panel * matrices * words * kPanel;
-      float* const matrix = pairs ? scratch.data() + taps : to + first * kPanel;
-      const int64_t slice = (windows ? inputs : pairs ? kPart : words) * kPanel;
-      if (transforms) {
-        transform(w, part, stride, slice, scratch.data(), matrix);
-      } else {
-        gather(w, part, {kPanel, windows ? w.inputs * kPanel : slice}, matrix);
-      }
-      for (int64_t m = 0; pairs && m < matrices; ++m) {
-        const int64_t from = transforms ? along[m / side] * kF4 + along[m % side] : m;
-        pair(matrix + from * slice, windows ? inputs : part.channels,
-             reinterpret_cast<bf16*>(to + (m * words + first / 2) * kPanel));
-      }
+      const int64_t panel = i / parts, first = i % parts * PackTask::kPackPart;
+      kernel(task, {0, panel, first, std::min(PackTask::kPackPart, w.inputs - first)},
+             scratch.get(), static_cast<float*>(packed) + panel * panel_floats);
     }
   });
 }

@@ -5,18 +5,6 @@
 #include "gather_weights.h"
 #include "winograd_weights.h"
 
-// For F(4 x 4, 3 x 3): [weight][channel][32], each weight `slice` floats after the last.
-// `taps` holds part.channels * 9 * 32 floats meanwhile.
-inline void transform_panel(const WeightView& w, const PanelPart& part, int64_t stride,
-                            int64_t slice, float* taps, float* to) {
-  gather_panel(w, part, {9 * kPanel, kPanel}, taps);
-  if (stride == 2) {
-    transform_weights<2>(taps, part.channels, slice, to);
-  } else {
-    transform_weights<1>(taps, part.channels, slice, to);
-  }
-}
-
 #if RESNET_FUSED_BF16_INSTRUCTIONS
 // [channel][32] floats, `count` of them, to [pair of channels][32] words; an odd last one is paired
 // with zeros.
@@ -37,12 +25,51 @@ inline void pack_pairs(const float* rows, int64_t count, bf16* to) {
 inline void pack_pairs(const float*, int64_t, bf16*) {}  // never called: nothing multiplies pairs
 #endif
 
-inline auto gather_panel_kernel() {
-  return &gather_panel;
+// Rows of 32 of one matrix, from channel `first` on.
+inline void store_rows(const PackTask& task, const float* rows, int64_t first, int64_t count,
+                       float* matrix) {
+  if (task.pairs) {
+    pack_pairs(rows, count, reinterpret_cast<bf16*>(matrix + first / 2 * kPanel));
+  } else {
+    std::memcpy(matrix + first * kPanel, rows, static_cast<size_t>(count) * kPanel * sizeof(float));
+  }
 }
-inline auto transform_panel_kernel() {
-  return &transform_panel;
+
+// Some channels of a panel.
+inline void pack_part(const PackTask& task, const PanelPart& part, float* scratch, float* packed) {
+  const int64_t matrices = static_cast<int64_t>(task.sources.size()), step = task.words * kPanel;
+  if (!task.transforms) {
+    const int64_t slice = task.windows ? task.inputs() * kPanel
+                          : task.pairs ? PackTask::kPackPart * kPanel
+                                       : step;
+    const PanelSteps steps{kPanel, task.windows ? task.view.inputs * kPanel : slice};
+    gather_panel(task.view, part, steps, task.pairs ? scratch : packed + part.first * kPanel);
+    for (int64_t m = 0; task.pairs && m < matrices; ++m) {
+      const int64_t count = task.windows ? task.inputs() : part.channels;
+      store_rows(task, scratch + m * slice, part.first, count, packed + m * step);
+    }
+    return;
+  }
+  gather_panel(task.view, part, {9 * kPanel, kPanel}, scratch);
+  // A few channels at a time, since the matrices may lie so that the same rows of all of them fall
+  // into one cache set.
+  constexpr int64_t kFew = 4, kSlice = kFew * kPanel + 16;
+  float weights[36 * kSlice];
+  for (int64_t c = 0; c < part.channels; c += kFew) {
+    const int64_t count = part.channels - c < kFew ? part.channels - c : kFew;
+    const float* const taps = scratch + c * 9 * kPanel;
+    if (task.stride == 2) {
+      transform_weights<2>(taps, count, kSlice, weights);
+    } else {
+      transform_weights<1>(taps, count, kSlice, weights);
+    }
+    for (int64_t m = 0; m < matrices; ++m) {
+      store_rows(task, weights + task.sources[static_cast<size_t>(m)] * kSlice, part.first + c,
+                 count, packed + m * step);
+    }
+  }
 }
-inline auto pack_pairs_kernel() {
-  return &pack_pairs;
+
+inline PackKernel pack_kernel() {
+  return &pack_part;
 }

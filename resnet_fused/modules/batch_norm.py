@@ -126,7 +126,8 @@ def update_all_running_statistics(
 def affine(bn: nn.BatchNorm2d, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """BN's weight and bias in the dtype that statistics have beside `input`."""
     dtype = statistics_dtype(input.dtype)
+    weight, bias = bn._parameters["weight"], bn._parameters["bias"]
     return (
-        None if bn.weight is None else bn.weight.to(dtype),
-        None if bn.bias is None else bn.bias.to(dtype),
+        weight if weight is None or weight.dtype == dtype else weight.to(dtype),
+        bias if bias is None or bias.dtype == dtype else bias.to(dtype),
     )

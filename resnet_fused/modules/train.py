@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import policy
 from resnet_fused.backends.native_conv import Wired
 from resnet_fused.checks import DTYPES
 from resnet_fused.kept import Kept
@@ -19,6 +20,7 @@ from resnet_fused.modules.batch_norm import (
     uses_batch_statistics,
 )
 from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops import train_conv
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.train_block import TrainBlock, TrainStep
@@ -105,7 +107,10 @@ class Training:
             if wired.residual >= 0 and shapes[wired.residual] != shape:
                 return None
             shapes.append(shape)
-            steps.append(TrainStep(wired.input, wired.residual, options, group))
+            algorithms = train_conv.choose_for(
+                tuple(input), tuple(weight.shape), options[:4], data.dtype
+            )
+            steps.append(TrainStep(wired.input, wired.residual, options, group, algorithms))
         return TrainBlock(tuple(steps), self.low_memory)
 
 
@@ -115,7 +120,7 @@ def _state(
     """Everything that :meth:`Training._block` looks at."""
     kind = data.device.type
     casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    state: list[object] = [casts, *_kind(data)]
+    state: list[object] = [casts, policy.current(), *_kind(data)]
     for conv, bn in zip(convs, norms, strict=True):
         state += _kind(conv._parameters["weight"])
         state += _kind(conv._parameters["bias"])

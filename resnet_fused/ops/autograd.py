@@ -33,8 +33,9 @@ def cast_for_autocast(device: torch.device, *tensors: Any) -> list[Any]:
     if not torch.is_autocast_enabled(device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
+    stays = (dtype, torch.float64)
     return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t if t is None or t.dtype in stays or not t.is_floating_point() else t.to(dtype)
         for t in tensors
     ]
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.conv_choice import TrainingAlgorithms
 from resnet_fused.ops import synchronise, train_conv
 from resnet_fused.ops.autograd import PIECEWISE_LINEAR
 from resnet_fused.ops.first_derivative import first_derivative_only
@@ -36,6 +37,7 @@ class TrainStep:
     residual: int  # -1 for none
     options: ConvNorm
     group: Any = None  # of processes whose batches are normalised as one
+    algorithms: TrainingAlgorithms | None = None  # None: chosen at every call
 
     @property
     def act(self) -> str:
@@ -103,7 +105,8 @@ class _Values:
     def conv(self, i: int) -> Conv:
         weight, bias = self.parameters[4 * i : 4 * i + 2]
         assert weight is not None
-        return self.block.steps[i].options.conv(weight, bias)
+        step = self.block.steps[i]
+        return step.options.conv(weight, bias, step.algorithms)
 
     def normalise(self, i: int, z: Tensor, mean: Tensor, var: Tensor) -> Normalised:
         vectors = self.parameters[4 * i + 2 : 4 * i + 4]

@@ -36,16 +36,20 @@ class Conv(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    algorithms: TrainingAlgorithms | None = None  # for channels_last data, if known already
 
-    def in_dtype(self, dtype: torch.dtype) -> Conv:
-        """The same with parameters that PyTorch's convolution takes beside data of a dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), bias=bias)
+    def parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a dtype."""
+        weight, bias = self.weight, self.bias
+        return (
+            weight if weight.dtype == dtype else weight.to(dtype),
+            bias if bias is None or bias.dtype == dtype else bias.to(dtype),
+        )
 
     @property
-    def geometry(self) -> list[int]:
+    def geometry(self) -> tuple[int, ...]:
         """Stride, padding and dilation as the kernels take them."""
-        return [*self.stride, *self.padding, *self.dilation]
+        return self.stride + self.padding + self.dilation
 
 
 class Normalised(NamedTuple):
@@ -97,9 +101,11 @@ class ConvNorm(NamedTuple):
     act: str
     negative_slope: float
 
-    def conv(self, weight: Tensor, bias: Tensor | None) -> Conv:
+    def conv(
+        self, weight: Tensor, bias: Tensor | None, algorithms: TrainingAlgorithms | None = None
+    ) -> Conv:
         """The convolution with its parameters."""
-        return Conv(weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return Conv(weight, bias, *self[:4], algorithms)
 
     def normalised(
         self, z: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -161,12 +167,27 @@ def tensor_of(source: Source) -> Tensor:
 
 def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
-    weight = conv.weight
     if not x.is_cpu or not is_channels_last(x):
         return _ALL_LIBRARY
-    return _choose(
-        tuple(x.shape), tuple(weight.shape), conv[2:], x.dtype, policy.current()
-    )  # fmt: skip
+    if conv.algorithms is not None:
+        return conv.algorithms
+    return choose_for(tuple(x.shape), tuple(conv.weight.shape), conv[2:6], x.dtype)
+
+
+def choose_for(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    options: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> TrainingAlgorithms:
+    """The same for CPU data that are channels_last.
+
+    Args:
+        size: of the data.
+        kernel: the weight's shape.
+        options: stride, padding, dilation and groups.
+    """
+    return _choose(size, kernel, options, dtype, policy.current())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -193,10 +214,13 @@ def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
     data = data_of(source)
     algorithm = choose(data, conv).output
     if algorithm == LIBRARY:
-        z = torch.conv2d(tensor_of(source), *conv.in_dtype(data.dtype))
+        z = torch.conv2d(
+            tensor_of(source), *conv.parameters(data.dtype),
+            conv.stride, conv.padding, conv.dilation, conv.groups,
+        )  # fmt: skip
         return z, *_ops.batch_statistics(z)
-    weight, bias = conv.in_dtype(torch.float32)[:2]
-    return _ops._train_conv(data, *_before(source), weight, bias, conv.geometry, algorithm)
+    parameters = conv.parameters(torch.float32)
+    return _ops._train_conv(data, *_before(source), *parameters, conv.geometry, algorithm)
 
 
 def backward(
@@ -223,7 +247,7 @@ def backward(
     if own_input or own_weight:
         grad_input, grad_weight, *both = _ops._train_conv_backward(
             *_behind(gradient), data_of(source), *_before(source),
-            conv.weight.to(torch.float32), conv.geometry, residual if own_input else None,
+            conv.parameters(torch.float32)[0], conv.geometry, residual if own_input else None,
             chosen.input if own_input else "none", chosen.weight if own_weight else "none",
         )  # fmt: skip
         if own_input and isinstance(source, Normalised):
