@@ -18,7 +18,8 @@ NATIVE = (
 
 "winograd2" to "winograd4" are F(2x2,3x3) to F(4x4,3x3). Those keep their weights transformed,
 16 to 36 numbers for 9; "winograd4_late" transforms them in every call, which pays where there are
-few tiles and fetching weights from memory takes longer than multiplying them.
+few tiles and fetching weights from memory takes longer than multiplying them. Training has it for
+smaller tiles too, "winograd2_late" and "winograd3_late", where bfloat16 pairs are multiplied.
 """
 
 _PANEL = 32  # output channels computed together (csrc/cpu/kernel_types.h)
@@ -39,8 +40,11 @@ _TRANSFORM_COST = 15  # of a tile's input or output, per channel and point
 _PAIR_TRANSFORM_COST = 12  # the same where half as much is written
 _LATE_COST = 160  # of a kernel's nine weights becoming 36 in the call
 _GATHER_COST = 5  # of a kernel's nine weights being brought together there: products hide it
-_PAIRING_COST = 350  # of a kernel's nine weights becoming rounded pairs of 16 or 25 in the call
+_PAIRING_COST = 300  # of a kernel's nine weights becoming rounded to pairs in the call,
+_PAIRED_COST = 25  # and for each number that they become: 9, 16 or 25
+_LATE_PAIR_COST = 18  # for each number of a kernel where that is done beside the products
 _LATE_TILES = 14  # for which they are transformed once
+_LATE_PAIR_TILES = 64
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
 
@@ -177,16 +181,18 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
         products = pixels * channels * outputs * 7 / 8 / _EFFICIENCY
         sums = pixels * (20 * channels + 8 * outputs)
         return products + sums + _weight_cost(channels * outputs * 7 / 4) / 2 + _CALL_COST
-    late = algorithm == "winograd4_late"
-    largest, stride = 4 if late else int(algorithm.removeprefix("winograd")), problem.stride[0]
+    late, stride = algorithm.endswith("_late"), problem.stride[0]
+    largest = int(algorithm.removeprefix("winograd").removesuffix("_late"))
     entries = problem.batch * _entries(height, largest, stride) * _entries(width, largest, stride)
     products = entries * words * panels * problem.groups / _EFFICIENCY
     each = _PAIR_TRANSFORM_COST if multiplies_bf16(problem, algorithm) else _TRANSFORM_COST
     transforms = entries * (channels + panels) * problem.groups * each
     kernels = words * panels * problem.groups
-    if late:
-        tiles = problem.batch * math.ceil(height / 4) * math.ceil(width / 4)
-        products += math.ceil(tiles / _LATE_TILES) * kernels * _LATE_COST
+    if late and multiplies_bf16(problem, algorithm):
+        made = 2 * kernels * (largest + 2) ** 2
+        products += _late_blocks(problem, largest, _LATE_PAIR_TILES) * made * _LATE_PAIR_COST
+    elif late:
+        products += _late_blocks(problem, 4, _LATE_TILES) * kernels * _LATE_COST
     weights = (9 if late else (largest + 2) ** 2) * kernels
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
@@ -262,23 +268,32 @@ def _quick(problem: ConvProblem, winograd: bool) -> str:
     if winograd:
         admitted += ["winograd4", "winograd4_late"]
     if winograd and problem.bf16 and problem.channels >= _LEAST_ROUNDED_CHANNELS:
-        admitted.append("winograd2" if problem.stride == (1, 1) else "winograd3")
+        pairs = "winograd2" if problem.stride == (1, 1) else "winograd3"
+        admitted += [pairs, f"{pairs}_late"]
     return min(admitted, key=lambda a: cost(problem, a) + _packing_cost(problem, a))
 
 
 def _packing_cost(problem: ConvProblem, algorithm: str) -> float:
     """What an algorithm costs more in training, where its weights are packed in every call."""
     kernels = problem.channels * math.ceil(problem.out_channels / _PANEL) * _PANEL
-    if algorithm in ("winograd2", "winograd3", "winograd4"):
-        if multiplies_bf16(problem, algorithm):
-            return kernels * _PAIRING_COST
+    if algorithm == "winograd4_late":
+        return _late_blocks(problem, 4, _LATE_TILES) * kernels * _GATHER_COST
+    if multiplies_bf16(problem, algorithm) and not algorithm.endswith("_late"):
+        taps = problem.kernel[0] * problem.kernel[1]
+        numbers = {"winograd2": 16, "winograd3": 25}.get(algorithm, taps)
+        return kernels * (_PAIRING_COST * taps / 9 + _PAIRED_COST * numbers)
+    if algorithm == "winograd4":
         # What is written to memory is read before, line by line.
         return kernels * _LATE_COST + 2 * _weight_cost(36 * kernels)
-    if algorithm == "winograd4_late":
-        height, width = problem.out_size
-        tiles = problem.batch * math.ceil(height / 4) * math.ceil(width / 4)
-        return math.ceil(tiles / _LATE_TILES) * kernels * _GATHER_COST
     return 0.0
+
+
+def _late_blocks(problem: ConvProblem, largest: int, tiles: int) -> int:
+    """How often weights that are transformed in the call are: once for so many tiles."""
+    height, width = problem.out_size
+    return math.ceil(
+        problem.batch * math.ceil(height / largest) * math.ceil(width / largest) / tiles
+    )
 
 
 def _words(problem: ConvProblem) -> int:

@@ -168,6 +168,10 @@ def test_weights_that_the_call_transforms_are_not_paired() -> None:
     weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"_pack_conv.*float32"):
         torch.ops.resnet_fused._pack_conv(weight, 1, 1, "winograd4_late", True)
+    for algorithm in ("winograd2_late", "winograd3_late"):
+        for pairs in (True, False):
+            with pytest.raises(RuntimeError, match=r"_pack_conv.*not packed"):
+                torch.ops.resnet_fused._pack_conv(weight, 1, 1, algorithm, pairs)
 
 
 # ---- in a model ----------------------------------------------------------------------------------

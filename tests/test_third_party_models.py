@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from block_zoo import randomise
 from tolerance import assert_parity, double_model
 from torch import nn
+from train_case import smooth
 
 import resnet_fused
 from resnet_fused.benchmark.load import LoadError, load_model
@@ -159,19 +160,6 @@ FAMILIES = [
     "timm:resnet50d", "timm:seresnet50", "timm:resnetblur50", "timm:resnetv2_50",
     "resnet20", "plain20",
 ]  # fmt: skip
-
-
-def smooth(model: nn.Module) -> nn.Module:
-    """The same with SiLU for ReLU.
-
-    Where a ReLU's input is nearly 0, rounding decides its derivative; one such value among millions
-    and a gradient differs in the third digit, in eager PyTorch as well.
-    """
-    for name, child in model.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(model, name, nn.SiLU())
-        smooth(child)
-    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import assert_parity
 from torch import Tensor, nn
-from train_case import big, images
+from train_case import big, images, smooth
 
 import resnet_fused
 from resnet_fused import models
@@ -116,23 +116,29 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("act", ["silu", "relu"])
 def test_own_kernels_are_within_eagers_budget(
-    kind: str, memory: str, native_calls: list[str]
+    act: str, kind: str, memory: str, native_calls: list[str]
 ) -> None:
-    plain = big(kind)
-    fused = resnet_fused.fuse(plain, memory=memory)
+    """With a ReLU over few values, of which none lies so near to its kink that rounding decides."""
+    plain = smooth(big(kind)) if act == "silu" else big(kind)
+    fused = resnet_fused.fuse(copy.deepcopy(plain), memory=memory)
     exact = copy.deepcopy(plain).double()
-    x = images(kind)
-    weights = torch.randn(plain(x).shape)
-    weigh = lambda y: y * weights.to(y.dtype)  # noqa: E731
-    plain = copy.deepcopy(exact).float()
-    truth, eager = results(exact, x.double(), weigh), results(plain, x, weigh)
-    actual = results(resnet_fused.fuse(big(kind), memory=memory), x, weigh)
-    del fused
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+    for _ in range(4):  # one draw may be a lucky one for either side
+        x = images(kind)
+        if act == "relu":
+            x = x[:2, :, :9, :8].contiguous(memory_format=torch.channels_last)
+        weights = torch.randn(copy.deepcopy(plain)(x).shape)
+        weigh = lambda y, w=weights: y * w.to(y.dtype)  # noqa: E731
+        of = [results(m, v, weigh) for m, v in ((fused, x), (plain, x), (exact, x.double()))]
+        for name in of[0]:
+            found.setdefault(name, []).append(tuple(r[name] for r in of))
     assert "winograd4" in native_calls
     assert "library" not in native_calls
-    for name, value in actual.items():
-        assert_parity(value, eager[name], truth[name], what=name)
+    for name, draws in found.items():
+        actual, eager, truth = (torch.stack(values) for values in zip(*draws, strict=True))
+        assert_parity(actual, eager, truth, what=name)
 
 
 def test_memory_modes_give_the_same_bits() -> None:

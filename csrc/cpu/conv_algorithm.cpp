@@ -9,17 +9,6 @@
 namespace resnet_fused {
 namespace {
 
-bool is_late(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4_late;
-}
-bool is_winograd(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd4 || is_late(algorithm) ||
-         algorithm == Algorithm::winograd3 || algorithm == Algorithm::winograd2;
-}
-int64_t largest_tile(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd2 ? 2 : algorithm == Algorithm::winograd3 ? 3 : 4;
-}
-
 // What an algorithm takes of a weight, beside the kernel's size.
 const char* takes(Algorithm algorithm) {
   if (algorithm == Algorithm::grouped) return kGroupedTakes;
@@ -36,16 +25,36 @@ bool fits(const Tensor& weight, int64_t groups, Algorithm algorithm) {
 
 }  // namespace
 
+bool is_winograd(Algorithm algorithm) {
+  return algorithm != Algorithm::direct && algorithm != Algorithm::grouped &&
+         algorithm != Algorithm::strassen;
+}
+int64_t largest_tile(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::winograd2:
+    case Algorithm::winograd2_late: return 2;
+    case Algorithm::winograd3:
+    case Algorithm::winograd3_late: return 3;
+    default: return 4;
+  }
+}
+bool is_late(Algorithm algorithm) {
+  return algorithm == Algorithm::winograd4_late || algorithm == Algorithm::winograd3_late ||
+         algorithm == Algorithm::winograd2_late;
+}
+
 Algorithm parse_algorithm(const char* caller, const std::string& name) {
   if (name == "winograd4") return Algorithm::winograd4;
   if (name == "winograd4_late") return Algorithm::winograd4_late;
   if (name == "winograd3") return Algorithm::winograd3;
+  if (name == "winograd3_late") return Algorithm::winograd3_late;
   if (name == "winograd2") return Algorithm::winograd2;
+  if (name == "winograd2_late") return Algorithm::winograd2_late;
   if (name == "grouped") return Algorithm::grouped;
   if (name == "strassen") return Algorithm::strassen;
   check(name == "direct", caller,
-        ": algorithm must be winograd2, winograd3, winograd4, winograd4_late, direct, grouped or "
-        "strassen, got '",
+        ": algorithm must be winograd2, winograd3, winograd4, one of these with _late, direct, "
+        "grouped or strassen, got '",
         name, "'");
   return Algorithm::direct;
 }
@@ -60,8 +69,16 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
         weight.size(0), " output channels, got ", groups);
   check(fits(weight, groups, algorithm), caller, ": this algorithm takes ", takes(algorithm),
         ", got shape ", shape_text(weight.sizes()), " and groups ", groups);
-  check(!pairs || algorithm == Algorithm::direct || (is_winograd(algorithm) && !is_late(algorithm)),
-        caller, ": this algorithm's packed weights are float32");
+  const bool may_pair = algorithm == Algorithm::direct ||
+                        (is_winograd(algorithm) && algorithm != Algorithm::winograd4_late);
+  check(!pairs || may_pair, caller, ": this algorithm's packed weights are float32");
+  check(pairs || !is_late(algorithm) || largest_tile(algorithm) == 4, caller,
+        ": this algorithm multiplies pairs of bfloat16 numbers");
+}
+
+void check_packs(const char* caller, Algorithm algorithm) {
+  check(!is_late(algorithm) || largest_tile(algorithm) == 4, caller,
+        ": this algorithm takes a training step's weights, which are not packed");
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {

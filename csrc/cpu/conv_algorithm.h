@@ -8,13 +8,28 @@
 
 namespace resnet_fused {
 
-enum class Algorithm { winograd4, winograd4_late, winograd3, winograd2, direct, grouped, strassen };
+enum class Algorithm {
+  winograd4,
+  winograd4_late,
+  winograd3,
+  winograd3_late,
+  winograd2,
+  winograd2_late,
+  direct,
+  grouped,
+  strassen
+};
 
 Algorithm parse_algorithm(const char* caller, const std::string& name);
+
+bool is_winograd(Algorithm algorithm);
+int64_t largest_tile(Algorithm algorithm);  // of Winograd's
+bool is_late(Algorithm algorithm);          // transforms the weights where they are needed
 
 // These throw where the algorithm does not take the argument; `caller` begins the message.
 void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algorithm algorithm,
                   bool pairs);
+void check_packs(const char* caller, Algorithm algorithm);  // ahead of the call
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm);
 void check_geometry(const char* caller, const ConvShape& shape, Algorithm algorithm, bool is_bf16);
 

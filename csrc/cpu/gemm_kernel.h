@@ -41,11 +41,9 @@ struct ReadAhead {
   const float* next;
   int64_t step;                     // floats; 0 reads nothing more
   int64_t left = int64_t(1) << 40;  // lines, a multiple of 16
-  int64_t passes = 2;               // over B, of which the second one reads the lines behind these
 
-  ReadAhead in_pass(int64_t pass) const {
-    return {next + pass * 16, pass < passes ? step : 0, left, passes};
-  }
+  // The second pass over B reads the lines behind the first one's.
+  ReadAhead in_pass(int64_t pass) const { return {next + pass * 16, pass < 2 ? step : 0, left}; }
 };
 
 // Lines of memory that will be written, and those of a residual: one pixel's each step. Asked for

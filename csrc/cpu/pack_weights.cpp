@@ -21,10 +21,6 @@ namespace {
 
 constexpr int64_t kF4 = 6;  // weights along a line of F(4 x 4), of which smaller tiles use some
 
-int64_t largest_tile(Algorithm algorithm) {
-  return algorithm == Algorithm::winograd2 ? 2 : algorithm == Algorithm::winograd3 ? 3 : 4;
-}
-
 // Which of F(4 x 4)'s weights along a line a smaller tile has: its finite points, infinity and,
 // with stride 2, the odd inputs'.
 std::vector<int64_t> weights_along(int64_t largest, int64_t stride) {
@@ -38,13 +34,12 @@ std::vector<int64_t> weights_along(int64_t largest, int64_t stride) {
 }  // namespace
 
 bool packs_quickly(Algorithm algorithm, bool pairs) {
-  if (algorithm == Algorithm::winograd4 || algorithm == Algorithm::winograd4_late) return !pairs;
-  return algorithm == Algorithm::direct ||
-         (pairs && (algorithm == Algorithm::winograd2 || algorithm == Algorithm::winograd3));
+  if (is_winograd(algorithm)) return pairs == (largest_tile(algorithm) < 4);
+  return algorithm == Algorithm::direct;
 }
 
 size_t quick_words(Algorithm algorithm, const WeightView& w, bool pairs) {
-  if (algorithm == Algorithm::winograd4_late) return 0;
+  if (is_late(algorithm)) return 0;
   if (algorithm == Algorithm::direct) {
     return direct_packed_words(w.outputs, w.inputs, w.kernel, 1, pairs);
   }

@@ -11,7 +11,7 @@ namespace resnet_fused {
 // Whether training packs weights for an algorithm, and so uses it.
 bool packs_quickly(Algorithm algorithm, bool pairs);
 
-// 32-bit words of packed weights; none for winograd4_late, which takes them where they are.
+// 32-bit words of packed weights; none for those that take them where they are.
 size_t quick_words(Algorithm algorithm, const WeightView& weight, bool pairs);
 
 // Writes what algorithm_pack would (conv_algorithm.h): 16 numbers at a time, and transforms in

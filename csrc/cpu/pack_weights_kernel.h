@@ -8,28 +8,24 @@
 #if RESNET_FUSED_BF16_INSTRUCTIONS
 // [channel][32] floats, `count` of them, to [pair of channels][32] words; an odd last one is paired
 // with zeros.
-inline void pack_pairs(const float* rows, int64_t count, bf16* to) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+inline void pack_pairs(const float* rows, int64_t count, float* to) {
   for (int64_t c = 0; c < count; c += 2) {
     for (int lane = 0; lane < kPanel; lane += kLanes) {
       const float* const row = rows + c * kPanel + lane;
-      const Vector first = load(row), second = c + 1 < count ? load(row + kPanel) : Vector{};
-      const __m512i both =
-          bits_as<__m512i>(_mm512_cvtne2ps_pbh(bits_as<__m512>(second), bits_as<__m512>(first)));
-      _mm512_storeu_si512(to + (c * kPanel + 2 * lane), _mm512_permutexvar_epi16(order, both));
+      const Vector second = c + 1 < count ? load(row + kPanel) : Vector{};
+      store_pairs(to + c / 2 * kPanel + lane, load(row), second);
     }
   }
 }
 #else
-inline void pack_pairs(const float*, int64_t, bf16*) {}  // never called: nothing multiplies pairs
+inline void pack_pairs(const float*, int64_t, float*) {}  // never called: nothing multiplies pairs
 #endif
 
 // Rows of 32 of one matrix, from channel `first` on.
 inline void store_rows(const PackTask& task, const float* rows, int64_t first, int64_t count,
                        float* matrix) {
   if (task.pairs) {
-    pack_pairs(rows, count, reinterpret_cast<bf16*>(matrix + first / 2 * kPanel));
+    pack_pairs(rows, count, matrix + first / 2 * kPanel);
   } else {
     std::memcpy(matrix + first * kPanel, rows, static_cast<size_t>(count) * kPanel * sizeof(float));
   }

@@ -32,6 +32,7 @@ Tensor pack_conv(const Tensor& weight, int64_t stride, int64_t groups,
                  const std::string& algorithm_name, bool pairs) {
   constexpr const char* caller = "_pack_conv";
   const Algorithm algorithm = parse_algorithm(caller, algorithm_name);
+  check_packs(caller, algorithm);
   check_weight(caller, weight, groups, algorithm, pairs);
   check_stride(caller, stride, stride, algorithm);
   check(weight.scalar_type() == ScalarType::Double, caller,
@@ -158,6 +159,7 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
         ": a convolution's residual must be -1, an outside tensor or an earlier output, got ",
         n.residual);
   const Algorithm algorithm = parse_algorithm(op, algorithm_name);
+  check_packs(op, algorithm);
   const Tensor &weight = tensors.weight, &packed = tensors.packed;
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   check_weight(op, weight, n.groups, algorithm, pairs);

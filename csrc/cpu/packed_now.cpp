@@ -28,7 +28,7 @@ struct Taps {
 }  // namespace
 
 bool multiplies_pairs(Algorithm algorithm, bool is_bf16) {
-  return is_bf16 && algorithm != Algorithm::winograd4 && algorithm != Algorithm::winograd4_late;
+  return is_bf16 && (!is_winograd(algorithm) || largest_tile(algorithm) < 4);
 }
 
 PackedNow::PackedNow(Algorithm algorithm, const ConvShape& shape, const WeightView& w,

@@ -86,8 +86,8 @@ Algorithm parse_quick(const char* op, const std::string& name, const ConvShape& 
   const Algorithm algorithm = parse_algorithm(op, name);
   const bool pairs = multiplies_pairs(algorithm, is_bf16);
   check(packs_quickly(algorithm, pairs), op,
-        ": training takes direct, winograd4, winograd4_late "
-        "and, for bfloat16 data, winograd2 and winograd3, got ",
+        ": training takes direct, winograd4, winograd4_late and, for bfloat16 data, winograd2, "
+        "winograd3, winograd2_late and winograd3_late, got ",
         name);
   const bool windows = algorithm == Algorithm::direct && direct_has_windows(channels, pairs);
   check(!pairs || windows || channels % 2 == 0, op, ": ", name,

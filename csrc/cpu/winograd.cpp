@@ -135,11 +135,15 @@ void winograd_run(const ConvArguments& conv, const PlainWeight& plain, int64_t l
   // Many channels or few tiles: the threads share out the output channels, so that each reads a
   // part of the weights and not all of them, and transforms every tile itself.
   const int64_t weights = task.panels() * kPanel * channels * task.weights();
-  const bool few_for_weights = weights > kManyWeights && tiles <= threads * kWinogradLargestBlock;
-  const bool split = task.panels() >= threads && (few_for_weights || tiles < threads * kBlock);
+  const bool few_for_weights = weights >= kManyWeights && tiles <= threads * kWinogradLargestBlock;
+  // Pairs that every block makes again take as long as its products.
+  const bool makes_pairs = late && conv.pairs;
+  const bool split =
+      task.panels() >= threads && (few_for_weights || makes_pairs || tiles < threads * kBlock);
   const int64_t fits = kTransformedWords / (channels * task.entries());
   const int64_t by_thread = split ? tiles : (tiles + threads - 1) / threads;
-  const int64_t most = split ? std::clamp(fits, kBlock, kWinogradLargestBlock / 2)
+  const int64_t largest_block = makes_pairs ? kWinogradLargestBlock : kWinogradLargestBlock / 2;
+  const int64_t most = split                    ? std::clamp(fits, kBlock, largest_block)
                        : by_thread <= kFewTiles ? 2 * kBlock
                                                 : kBlock;
   const int64_t blocks_each = (by_thread + most - 1) / most;

@@ -35,10 +35,10 @@ constexpr int64_t kWinogradMostWeights = 36;  // weights of one channel that the
 constexpr int64_t kWinogradLargestBlock = 64;
 constexpr float kWinogradPoints[] = {0, 0.75f, -0.75f, 1.5f, -1.5f};
 
-// Channels whose weights are transformed together where that is done in the call: 297 KB of L2.
-// A weight's floats begin one line further in the cache sets than the last one's.
-constexpr int64_t kLateChannels = 64;
-constexpr int64_t kLateSlice = kLateChannels * kPanel + 16;
+// Words of a weight that are made together where that is done in the call: of F(4 x 4) 297 KB of
+// L2. A weight's floats begin one line further in the cache sets than the last one's.
+constexpr int64_t kLateWords = 64;
+constexpr int64_t kLateSlice = kLateWords * kPanel + 16;
 
 // Products in a part of a sum, where that has parts: half of the channels and at most 64. So the
 // error of F(4 x 4) is 0.95 (512 channels) to 1.8 times (64) oneDNN's, and 2.0 to 2.3 with one
@@ -49,8 +49,8 @@ struct WinogradTask {
   ConvArguments conv;
   PlainWeight plain;  // [out_channels][channels / groups][3][3], not transformed
   int64_t largest;    // outputs along one side of a tile
-  bool late;          // the call transforms the weights, a part at a time; m = 4, no pairs;
-                      // without packed weights it takes the plain ones, which are float then
+  bool late;          // the call transforms the weights, a part at a time; without packed ones,
+                      // which are float and for m = 4, it takes the plain ones, float too
   int64_t block;      // tiles transformed and multiplied together, kWinogradLargestBlock at most
 
   int64_t stride() const { return conv.shape.stride[0]; }
@@ -82,7 +82,9 @@ struct WinogradTask {
     return !conv.exact ? int64_t(1) << 40 : half < kLongestPart ? half : kLongestPart;
   }
   bool gathers() const { return late && conv.packed == nullptr; }
-  int64_t workspace() const { return late_taps() + (gathers() ? kLateChannels * 9 * kPanel : 0); }
+  int64_t workspace() const {
+    return late_taps() + (gathers() ? kLateWords * conv.per_word() * 9 * kPanel : 0);
+  }
   int64_t late_taps() const { return late_weights() + (late ? weights() * kLateSlice : 0); }
   // Where the weights lie that the call transforms.
   int64_t late_weights() const {

@@ -23,13 +23,13 @@ using Gemms = GemmTable<Element, 1, 2, 3, 4, 5, 6>;
 
 // One weight's matrix, or so many channels of it, which are added to what is there. No sum has more
 // than `chain` products.
-template <class Element>
+template <class Element, class Ahead>
 void multiply(const float* transformed, int64_t rows, const float* weights, int64_t depth,
-              int64_t chain, const ReadAhead& ahead, bool adds, float* products) {
+              int64_t chain, const Ahead& ahead, bool adds, float* products) {
   const int64_t parts = (rows + kGemmRows - 1) / kGemmRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-    ReadAhead mine = ahead.in_pass(part);
+    ReadAhead mine = ahead(part);
     for (int64_t k = 0; k < depth; k += chain) {
       const int64_t length = depth - k < chain ? depth - k : chain;
       const float* first = transformed + begin * 16 + k * rows;
@@ -42,20 +42,40 @@ void multiply(const float* transformed, int64_t rows, const float* weights, int6
   }
 }
 
-// Of the plain weights that the next part gathers 32 lines, a 36th, to be read during a product.
-inline ReadAhead expect_weights(const WeightView& view, const PanelPart& part, int64_t w) {
+// The plain weights that the next part gathers, in groups of 32 lines, each to be read during one
+// pass over a matrix.
+inline int64_t expected_groups(const PanelPart& part) {
+  return 9 * ((part.channels + 15) / 16);
+}
+inline ReadAhead expect_weights(const WeightView& view, const PanelPart& part, int64_t group) {
   const float* const from = view.data + part.group * view.group_stride +
                             part.panel * kPanel * view.output_stride +
                             part.first * view.input_stride;
-  if (part.panel * kPanel + kPanel > view.outputs) return {view.data, 0};
-  const int64_t tap = w / 4;
-  const float* const own =
-      from + tap / 3 * view.tap_stride[0] + tap % 3 * view.tap_stride[1] + w % 2 * 16;
-  if (view.output_stride == 1) {  // half of the channels, half of the outputs
-    return {own + w / 2 % 2 * (kLateChannels / 2) * view.input_stride, view.input_stride, 32, 1};
+  if (group >= expected_groups(part) || part.panel * kPanel + kPanel > view.outputs) {
+    return {view.data, 0};
   }
-  if (view.input_stride == 1) return {own + w / 2 % 2 * 32, view.output_stride, 32, 1};
-  return {from + w * 16, view.output_stride, 32, 1};  // the taps of one channel side by side
+  const int64_t tap = group % 9, chunk = group / 9;
+  const float* const own = from + tap / 3 * view.tap_stride[0] + tap % 3 * view.tap_stride[1];
+  if (view.output_stride == 1) {  // of 32 channels half of the outputs
+    return {own + chunk / 2 * 32 * view.input_stride + chunk % 2 * 16, view.input_stride, 32};
+  }
+  if (view.input_stride == 1) return {own + chunk * 16, view.output_stride, 32};
+  return {from + group * 16, view.output_stride, 32};  // the taps of one channel side by side
+}
+
+// [channel][tap][32] to [weight][channel or pair][32].
+template <class Element, int kStride>
+void transform_late(const WinogradTask& task, const float* taps, int64_t channels, float* to) {
+  if constexpr (Element::kPerWord == 1) {
+    transform_weights<kStride>(taps, channels, kLateSlice, to);
+  }
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+  if constexpr (Element::kPerWord == 2) {
+    const auto transform =
+        task.largest == 2 ? transform_weight_pairs<kStride, 2> : transform_weight_pairs<kStride, 3>;
+    transform(taps, channels, kLateSlice, to);
+  }
+#endif
 }
 
 // Where weights are transformed here, it is done with as many channels as L2 holds at a time, and
@@ -69,28 +89,38 @@ void multiply_panel(const WinogradTask& task, const WinogradBlock& block, int64_
                                   : task.conv.packed + (group * task.panels() + panel) *
                                                            task.packed_weights() * depth * kPanel;
   const WeightView view = view_plain(task.plain, task.conv.shape);
-  const int64_t piece = task.late ? kLateChannels : depth;
+  const int64_t piece = task.late ? kLateWords : depth;
   float* const late = workspace + task.late_weights();
   for (int64_t first = 0; first < depth; first += piece) {
     const int64_t length = depth - first < piece ? depth - first : piece;
     const float* taps = packed + first * 9 * kPanel;
     const bool is_last = first + length >= depth;
-    const PanelPart next{group, is_last ? panel + 1 : panel, is_last ? 0 : first + length, length};
+    const int64_t channels = length * Element::kPerWord;
+    const PanelPart next{group, is_last ? panel + 1 : panel,
+                         is_last ? 0 : (first + length) * Element::kPerWord, channels};
     if (task.gathers()) {
       float* const own = workspace + task.late_taps();
-      gather_panel(view, {group, panel, first, length}, {9 * kPanel, kPanel}, own);
+      gather_panel(view, {group, panel, first * Element::kPerWord, channels}, {9 * kPanel, kPanel},
+                   own);
       taps = own;
     }
-    if (task.late) transform_weights<kStride>(taps, length, kLateSlice, late);
+    if (task.late) transform_late<Element, kStride>(task, taps, channels, late);
     for (int64_t w = 0; w < weights; ++w) {
       if (first == 0) between(w);
       if (block.rows[w] == 0) continue;
       const float* const matrix = task.late ? late + w * kLateSlice : packed + w * depth * kPanel;
-      constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
-      const ReadAhead ahead = task.gathers() ? expect_weights(view, next, w)
-                              : task.late
-                                  ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
-                                  : ReadAhead{matrix + depth * kPanel, kPanel};
+      const auto ahead = [&](int64_t pass) -> ReadAhead {
+        if (task.gathers()) {
+          const int64_t passes = (expected_groups(next) + weights - 1) / weights;
+          return pass < passes ? expect_weights(view, next, w * passes + pass)
+                               : ReadAhead{matrix, 0};
+        }
+        constexpr int64_t kShare = kPanel * 9 / kWinogradMostWeights;
+        const ReadAhead whole = task.late
+                                    ? ReadAhead{taps + length * (9 * kPanel + w * kShare), kShare}
+                                    : ReadAhead{matrix + depth * kPanel, kPanel};
+        return whole.in_pass(pass);
+      };
       multiply<Element>(workspace + block.inputs[w] + first * block.rows[w], block.rows[w], matrix,
                         length, task.chain(), ahead, first > 0, workspace + block.products[w]);
     }

@@ -1,4 +1,4 @@
-// Weights of F(4 x 4, 3 x 3) transformed in the call: U = G w G^T, in float32. In inference memory
+// Weights transformed in the call: U = G w G^T, in float32. In inference memory
 // delivers the nine taps of many channels sooner than the 36 weights, and the difference pays for
 // this; in training the weights are new at every call.
 // Included inside the namespace of one instruction set (for_each_isa.h), after vectors.h.
@@ -47,3 +47,47 @@ void transform_weights(const float* taps, int64_t channels, int64_t slice, float
     }
   }
 }
+
+#if RESNET_FUSED_BF16_INSTRUCTIONS
+// The same of F(kLargest x kLargest), whose weights are some of F(4 x 4)'s, rounded to bfloat16: to
+// [weight][pair of channels][32]. `channels` is even.
+template <int kStride, int kLargest>
+void transform_weight_pairs(const float* taps, int64_t channels, int64_t slice, float* weights) {
+  constexpr int kCount = kLargest + 2, kFinite = kStride == 2 ? kLargest : kLargest + 1;
+  const auto transform = [](const float* from,
+                            Vector(&u)[kCount][kCount]) __attribute__((always_inline)) {
+    const auto along = [](const Vector(&g)[3], Vector(&line)[kCount])
+                           __attribute__((always_inline)) {
+                             Vector all_of[6];
+                             transform_taps<kStride>(g, all_of);
+#pragma GCC unroll 5
+                             for (int i = 0; i < kCount; ++i)
+                               line[i] = all_of[i < kFinite ? i : i - kCount + 6];
+                           };
+    Vector half[3][kCount];
+#pragma GCC unroll 3
+    for (int x = 0; x < 3; ++x) {
+      along({load(from + x * kPanel), load(from + (3 + x) * kPanel), load(from + (6 + x) * kPanel)},
+            half[x]);
+    }
+#pragma GCC unroll 5
+    for (int y = 0; y < kCount; ++y) along({half[0][y], half[1][y], half[2][y]}, u[y]);
+  };
+  for (int64_t c = 0; c < channels; c += 2) {
+    for (int lane = 0; lane < kPanel; lane += kLanes) {
+      const float* const from = taps + c * 9 * kPanel + lane;
+      Vector first[kCount][kCount], second[kCount][kCount];
+      transform(from, first);
+      transform(from + 9 * kPanel, second);
+      float* const to = weights + c / 2 * kPanel + lane;
+#pragma GCC unroll 5
+      for (int y = 0; y < kCount; ++y) {
+#pragma GCC unroll 5
+        for (int x = 0; x < kCount; ++x) {
+          store_pairs(to + (y * kCount + x) * slice, first[y][x], second[y][x]);
+        }
+      }
+    }
+  }
+}
+#endif
