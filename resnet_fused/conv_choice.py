@@ -45,6 +45,7 @@ _PAIRED_COST = 25  # and for each number that they become: 9, 16 or 25
 _LATE_PAIR_COST = 18  # for each number of a kernel where that is done beside the products
 _LATE_TILES = 14  # for which they are transformed once
 _LATE_PAIR_TILES = 64
+_FEW_BF16_PIXELS = 512
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
 
@@ -229,8 +230,10 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     """
     if problem.groups > 1:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
-    # Of bfloat16 pairs the sums over pixels are PyTorch's: ours multiply in float32.
-    gemm = LIBRARY if problem.bf16 else "gemm"
+    # Ours multiply in float32, which takes less time than what PyTorch's adds where pixels are few.
+    height, width = problem.out_size
+    many = problem.batch * height * width > _FEW_BF16_PIXELS
+    gemm = LIBRARY if problem.bf16 and many else "gemm"
     if problem.channels < _LEAST_CHANNELS:
         # The gradient of an image is seldom wanted, and not by whom speed matters to.
         return TrainingAlgorithms("direct", LIBRARY, gemm)
