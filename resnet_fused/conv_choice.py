@@ -45,7 +45,8 @@ _PAIRED_COST = 25  # and for each number that they become: 9, 16 or 25
 _LATE_PAIR_COST = 18  # for each number of a kernel where that is done beside the products
 _LATE_TILES = 14  # for which they are transformed once
 _LATE_PAIR_TILES = 64
-_FEW_BF16_PIXELS = 512
+_BF16_GRAD_COST = 400  # of PyTorch's gradient of a bfloat16 weight, and of a call: its data written
+_BF16_GRAD_CALL = 30_000_000
 _CALL_COST = 600_000  # a kernel's start and its threads' barrier: 5 microseconds
 
 
@@ -230,10 +231,12 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     """
     if problem.groups > 1:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
-    # Ours multiply in float32, which takes less time than what PyTorch's adds where pixels are few.
+    # Of bfloat16 data ours multiply in float32, at half the speed; PyTorch's take time for weights.
     height, width = problem.out_size
-    many = problem.batch * height * width > _FEW_BF16_PIXELS
-    gemm = LIBRARY if problem.bf16 and many else "gemm"
+    kernels = problem.channels * problem.out_channels * problem.kernel[0] * problem.kernel[1]
+    slower = 0.7 * problem.batch * height * width * kernels
+    loses = problem.bf16 and slower > kernels * _BF16_GRAD_COST + _BF16_GRAD_CALL
+    gemm = LIBRARY if loses else "gemm"
     if problem.channels < _LEAST_CHANNELS:
         # The gradient of an image is seldom wanted, and not by whom speed matters to.
         return TrainingAlgorithms("direct", LIBRARY, gemm)

@@ -21,6 +21,7 @@
 #include "bn_act_backward.h"
 #include "channel_vectors.h"
 #include "memory_pool.h"
+#include "bn_act.h"
 #include "normalize_act.h"
 
 namespace resnet_fused {
@@ -175,6 +176,8 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& input) {
   return is_double(input) ? statistics<double>(input) : statistics<float>(input);
 }
 
+}  // namespace
+
 Tensor normalize_act_op(const Tensor& input, const OptionalTensor& residual, const Tensor& mean,
                         const Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
                         double eps, const std::string& act, double negative_slope) {
@@ -190,6 +193,8 @@ Tensor normalize_act_op(const Tensor& input, const OptionalTensor& residual, con
   return normalized(input, residual, vectors, activation, negative_slope);
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& input, const OptionalTensor& residual,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           double eps, const std::string& act,
@@ -198,6 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& input, const OptionalTen
   return {normalize_act_op(input, residual, mean, var, weight, bias, eps, act, negative_slope),
           mean, var};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_sums(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
@@ -218,6 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_sums(
   const Vectors<float> vectors(op, input, mean, var, weight, bias, eps);
   return sums(grad_output, input, mask, vectors, activation, negative_slope);
 }
+
+namespace {
 
 Tensor bn_act_backward_input_op(const Tensor& grad_output, const Tensor& input, const Tensor& mean,
                                 const Tensor& var, const OptionalTensor& weight,

@@ -10,14 +10,12 @@
 // z, backward reads g, z and x and writes da; eager PyTorch's modules read or write 9 and 15.
 // The weights are packed in the call, since every step has new ones.
 
+#include "train_conv.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #include "batch_statistics.h"
 #include "direct_conv.h"
@@ -98,6 +96,8 @@ Algorithm parse_quick(const char* op, const std::string& name, const ConvShape& 
   return algorithm;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> train_conv(
     const Tensor& input, const std::vector<Tensor>& before, double eps, const std::string& act,
     double negative_slope, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -133,6 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> train_conv(
   statistics.finish(mean.data(), var.data());
   return {output, vector_of(mean), vector_of(var)};
 }
+
+namespace {
 
 // The gradient of a convolution's output, some images at a time.
 class OutputGrad {
@@ -224,6 +226,8 @@ void check_weight_grad(const char* op, const ConvShape& s, const std::string& al
         ": winograd4 takes 3 x 3 kernels, stride 1 or 2 and dilation 1");
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
     const Tensor& grad, const std::optional<Tensor>& output, const std::vector<Tensor>& after,
     double after_eps, const std::string& after_act, double after_slope, int64_t count_behind,
@@ -309,7 +313,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
   return {grad_input, grad_weight, vector_of(sum_deviation), vector_of(sum_grad)};
 }
 
-}  // namespace
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {

@@ -110,7 +110,8 @@ class Training:
             algorithms = train_conv.choose_for(
                 tuple(input), tuple(weight.shape), options[:4], data.dtype
             )
-            steps.append(TrainStep(wired.input, wired.residual, options, group, algorithms))
+            has = (conv.bias is not None, bn.weight is not None, bn.bias is not None)
+            steps.append(TrainStep(wired.input, wired.residual, options, group, algorithms, has))
         return TrainBlock(tuple(steps), self.low_memory)
 
 

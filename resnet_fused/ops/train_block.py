@@ -6,8 +6,11 @@ convolution's output, the statistics, and of the activations those alone that a 
 to: of a bottleneck 10 middle-sized tensors instead of 12, of a basic block 3 instead of 4. With
 ``low_memory`` the last convolution's output is dropped too and computed again in backward: 6 and 2.
 
-Between convolutions nothing else is written (``train_conv.py``). Paper: Chen et al., *Training Deep
-Nets with Sublinear Memory Cost* (2016); Rota Bulò et al., *In-Place Activated BatchNorm* (2018).
+Between convolutions nothing else is written (``train_conv.py``). Where all of them run in the
+library's own kernels, a block is one call each way (``csrc/cpu/train_block.cpp``); the steps here
+do the same for PyTorch's convolutions, other devices and groups of processes. Paper: Chen et al.,
+*Training Deep Nets with Sublinear Memory Cost* (2016); Rota Bulò et al., *In-Place Activated
+BatchNorm* (2018).
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.conv_choice import TrainingAlgorithms
+from resnet_fused.conv_choice import LIBRARY, TrainingAlgorithms
 from resnet_fused.ops import synchronise, train_conv
 from resnet_fused.ops.autograd import PIECEWISE_LINEAR
 from resnet_fused.ops.first_derivative import first_derivative_only
+from resnet_fused.ops.schema import is_channels_last
 from resnet_fused.ops.train_conv import Conv, ConvNorm, Gradient, Normalised, Source, Sums
+
+_ops = torch.ops.resnet_fused
 
 INPUT, OUTSIDE = 0, 2  # the values of a block, as native_conv.Wired counts them
 
@@ -38,6 +44,7 @@ class TrainStep:
     options: ConvNorm
     group: Any = None  # of processes whose batches are normalised as one
     algorithms: TrainingAlgorithms | None = None  # None: chosen at every call
+    has: tuple[bool, bool, bool] = (False, True, True)  # a bias, and the batch norm's two vectors
 
     @property
     def act(self) -> str:
@@ -73,6 +80,37 @@ class TrainBlock:
         counts: list[int] = []
         output, *statistics = _BlockFunction.apply(self, counts, input, *parameters)
         return output, statistics, counts
+
+    @cached_property
+    def one_call(self) -> tuple[list[int], list[float], list[str]] | None:
+        """The block as ``_train_block`` takes it, or None if it does not."""
+        numbers: list[int] = []
+        scalars: list[float] = []
+        names: list[str] = []
+        for i, step in enumerate(self.steps):
+            several = step.residual >= 0 and any(
+                step.residual in (later.input, later.residual) for later in self.steps[i + 1 :]
+            )
+            algorithms = step.algorithms
+            if several or step.group is not None or not algorithms or LIBRARY in algorithms:
+                return None
+            masks = step.mask_from_output, step.mask_from_residual
+            bits = sum(bit << n for n, bit in enumerate((*step.has, *masks)))
+            options = step.options
+            geometry = options.stride + options.padding + options.dilation
+            numbers += (step.input, step.residual, *geometry, bits)
+            scalars += (options.eps, options.negative_slope)
+            names += (step.act, *algorithms)
+        return numbers, scalars, names
+
+    def runs_at_once(self, input: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether it is one call for these tensors."""
+        return (
+            self.one_call is not None
+            and input.is_cpu
+            and is_channels_last(input)
+            and all(w is not None and w.dtype == torch.float32 for w in parameters[::4])
+        )
 
     @cached_property
     def materialised(self) -> frozenset[int]:
@@ -125,30 +163,16 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any, block: TrainBlock, counts: list[int], input: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        values = _Values(block, {INPUT: input}, parameters)
-        outputs, statistics = [], []
-        materialised = block.materialised
-        for i, step in enumerate(block.steps):
-            z, mean, var = train_conv.forward(values.source(step.input), values.conv(i))
-            count = z.numel() // z.shape[1]
-            if step.group is not None:
-                mean, var, count = synchronise.statistics(mean, var, count, step.group)
-            counts.append(count)
-            normalised = values.normalise(i, z, mean, var)
-            if OUTSIDE + i in materialised:
-                residual = None if step.residual < 0 else values.tensors[step.residual]
-                values.tensors[OUTSIDE + i] = normalised.tensor(residual)
-            outputs.append(z)
-            statistics += [mean, var]
+        ctx.at_once = block.runs_at_once(input, parameters)
+        run = _forward_at_once if ctx.at_once else _forward
+        outputs, statistics, tensors = run(block, counts, input, parameters)
         if block.low_memory:
             outputs.pop()
-        result = values.tensors[OUTSIDE + len(block.steps) - 1]
+        result = tensors[OUTSIDE + len(block.steps) - 1]
         ctx.block, ctx.shape = block, result.shape
         ctx.kind = {"dtype": result.dtype, "device": result.device}
         ctx.saved, ctx.counts = (len(outputs), len(statistics)), counts
-        ctx.save_for_backward(
-            *outputs, *statistics, *(values.tensors[v] for v in block.kept), *parameters
-        )
+        ctx.save_for_backward(*outputs, *statistics, *(tensors[v] for v in block.kept), *parameters)
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
         return result, *statistics
@@ -162,14 +186,60 @@ class _BlockFunction(torch.autograd.Function):
         return None, None, *((None,) * len(needs) if grad is None else _backward(ctx, grad, needs))
 
 
+_Computed = tuple[list[Tensor], list[Tensor], dict[int, Tensor]]
+"""Convolutions' outputs, their means and variances in turn, and values that are tensors."""
+
+
+def _forward(
+    block: TrainBlock, counts: list[int], input: Tensor, parameters: Sequence[Tensor | None]
+) -> _Computed:
+    values = _Values(block, {INPUT: input}, parameters)
+    outputs, statistics = [], []
+    for i, step in enumerate(block.steps):
+        z, mean, var = train_conv.forward(values.source(step.input), values.conv(i))
+        count = z.numel() // z.shape[1]
+        if step.group is not None:
+            mean, var, count = synchronise.statistics(mean, var, count, step.group)
+        counts.append(count)
+        normalised = values.normalise(i, z, mean, var)
+        if OUTSIDE + i in block.materialised:
+            residual = None if step.residual < 0 else values.tensors[step.residual]
+            values.tensors[OUTSIDE + i] = normalised.tensor(residual)
+        outputs.append(z)
+        statistics += [mean, var]
+    return outputs, statistics, values.tensors
+
+
+def _forward_at_once(
+    block: TrainBlock, counts: list[int], input: Tensor, parameters: Sequence[Tensor | None]
+) -> _Computed:
+    assert block.one_call is not None
+    count = len(block.steps)
+    found = _ops._train_block(input, [p for p in parameters if p is not None], *block.one_call)
+    outputs, statistics = found[:count], found[count : 3 * count]
+    counts += [z.numel() // z.shape[1] for z in outputs]
+    others = sorted(value for value in block.materialised if value != INPUT)
+    return outputs, statistics, {INPUT: input, **dict(zip(others, found[3 * count :], strict=True))}
+
+
 def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     block: TrainBlock = ctx.block
     saved = ctx.saved_tensors  # read once: checkpointing gives them once
     last = len(block.steps) - 1
     outputs = saved[: ctx.saved[0]]
     statistics = saved[ctx.saved[0] : sum(ctx.saved)]
-    tensors = dict(zip(block.kept, saved[sum(ctx.saved) :], strict=False))
-    values = _Values(block, tensors, saved[sum(ctx.saved) + len(block.kept) :])
+    kept = saved[sum(ctx.saved) :][: len(block.kept)]
+    parameters = saved[sum(ctx.saved) + len(block.kept) :]
+    if ctx.at_once:
+        assert block.one_call is not None
+        grads_at_once = _ops._train_block_backward(
+            grad, outputs, statistics, kept, block.kept, [needs[0], *needs[1::4]],
+            [p for p in parameters if p is not None], *block.one_call,
+        )  # fmt: skip
+        if grads_at_once:  # else something is not finite
+            return _in_places(grads_at_once, parameters, needs)
+    tensors = dict(zip(block.kept, kept, strict=True))
+    values = _Values(block, tensors, parameters)
     for i, z in enumerate(outputs):
         values.normalise(i, z, *statistics[2 * i : 2 * i + 2])
     if len(outputs) == last:
@@ -210,13 +280,28 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
             step.input not in (s.input, s.residual) for s in block.steps[:i]
         ):
             sums_of[step.input] = sums_before
-        # A batch norm takes a constant away, so the convolution's bias has no influence.
-        bias = values.parameters[4 * i + 1]
         found[places] = [
             grad_weight,
-            torch.zeros_like(bias) if bias is not None and needs_bias else None,
+            _grad_of_bias(values.parameters[4 * i + 1], needs_bias),
             sums.grad_weight if needs_bn_weight else None,
             sums.grad_bias if needs_bn_bias else None,
         ]
     found[0] = grads.get(INPUT) if needs[0] else None
     return tuple(found)
+
+
+def _in_places(
+    grads: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the input and of all parameters, None for those that are not needed."""
+    found: list[Tensor | None] = [grads[0]]
+    for i in range(len(parameters) // 4):
+        grad_weight, norm_weight, norm_bias = grads[1 + 3 * i : 4 + 3 * i]
+        grad_bias = _grad_of_bias(parameters[4 * i + 1], needs[2 + 4 * i])
+        found += [grad_weight, grad_bias, norm_weight, norm_bias]
+    return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+
+
+def _grad_of_bias(bias: Tensor | None, needed: bool) -> Tensor | None:
+    """A batch norm takes a constant away, so the convolution's bias has no influence."""
+    return torch.zeros_like(bias) if bias is not None and needed else None
