@@ -114,21 +114,39 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def nearest_to_a_kink(model: nn.Module, x: Tensor) -> float:
+    """The smallest of all that its ReLUs read."""
+    smallest = []
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(
+                lambda _, read: smallest.append(read[0].detach().abs().min())
+            )
+    model(x)
+    return float(min(smallest))
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 @pytest.mark.parametrize("act", ["silu", "relu"])
 def test_own_kernels_are_within_eagers_budget(
     act: str, kind: str, memory: str, native_calls: list[str]
 ) -> None:
-    """With a ReLU over few values, of which none lies so near to its kink that rounding decides."""
+    """With a ReLU over values of which none lies so near to its kink that rounding decides.
+
+    One draw may be a lucky one for either side.
+    """
     plain = smooth(big(kind)) if act == "silu" else big(kind)
     fused = resnet_fused.fuse(copy.deepcopy(plain), memory=memory)
     exact = copy.deepcopy(plain).double()
     found: dict[str, list[tuple[Tensor, ...]]] = {}
-    for _ in range(4):  # one draw may be a lucky one for either side
+    while len(found.get("y", [])) < (4 if act == "silu" else 12):
         x = images(kind)
         if act == "relu":
             x = x[:2, :, :9, :8].contiguous(memory_format=torch.channels_last)
+            if nearest_to_a_kink(exact, x.double()) < 1e-5:
+                continue
         weights = torch.randn(copy.deepcopy(plain)(x).shape)
         weigh = lambda y, w=weights: y * w.to(y.dtype)  # noqa: E731
         of = [results(m, v, weigh) for m, v in ((fused, x), (plain, x), (exact, x.double()))]

@@ -30,9 +30,10 @@ struct ConvArguments {
   void* output;
   Activation act;
   float negative_slope;
-  bool is_bf16;  // the data
-  bool pairs;    // the packed weights
-  bool exact;    // Winograd's long sums in parts, whose error is smaller
+  bool is_bf16;          // the data
+  bool pairs;            // the packed weights
+  int64_t longest_part;  // products that Winograd adds up at once, since the error of a sum grows
+                         // with them; 0 for all
   // From image to image, row to row and pixel to pixel of the output, in pixels; zeros: dense. Only
   // direct convolution takes others.
   int64_t output_strides[3];

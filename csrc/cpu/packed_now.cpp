@@ -32,7 +32,8 @@ bool multiplies_pairs(Algorithm algorithm, bool is_bf16) {
 }
 
 PackedNow::PackedNow(Algorithm algorithm, const ConvShape& shape, const WeightView& w,
-                     const float* shift, bool is_bf16, const int64_t* output_strides)
+                     const float* shift, bool is_bf16, int64_t longest_part,
+                     const int64_t* output_strides)
     : algorithm_(algorithm), arguments_{} {
   arguments_.pairs = multiplies_pairs(algorithm, is_bf16);
   const size_t words = quick_words(algorithm, w, arguments_.pairs);
@@ -45,7 +46,7 @@ PackedNow::PackedNow(Algorithm algorithm, const ConvShape& shape, const WeightVi
   arguments_.shift = own_shift;
   arguments_.act = Activation::none;
   arguments_.is_bf16 = is_bf16;
-  arguments_.exact = !is_bf16;
+  arguments_.longest_part = is_bf16 ? 0 : longest_part;
   if (output_strides != nullptr) std::copy_n(output_strides, 3, arguments_.output_strides);
   plain_ = {
       w.data, false, {w.output_stride, w.input_stride, w.tap_stride[0], w.tap_stride[1]}, nullptr};
@@ -69,7 +70,7 @@ InputGrad::InputGrad(Algorithm algorithm, const ConvShape& s, const WeightView& 
     grad.out_height = s.height, grad.out_width = s.width;
     for (int i = 0; i < 2; ++i) grad.padding[i] = s.dilation[i] * (s.kernel[i] - 1) - s.padding[i];
     phases_.push_back({0, 0, {}});
-    phases_.back().conv.emplace_back(algorithm, grad, w.turned(), nullptr, is_bf16);
+    phases_.back().conv.emplace_back(algorithm, grad, w.turned(), nullptr, is_bf16, kGradPart);
     return;
   }
   const int64_t strides[3] = {s.height * s.width, s.stride[0] * s.width, s.stride[1]};
@@ -89,7 +90,8 @@ InputGrad::InputGrad(Algorithm algorithm, const ConvShape& s, const WeightView& 
       part.padding[0] = rows.padding, part.padding[1] = columns.padding;
       part.out_height = (s.height - y + s.stride[0] - 1) / s.stride[0];
       part.out_width = (s.width - x + s.stride[1] - 1) / s.stride[1];
-      phases_.back().conv.emplace_back(Algorithm::direct, part, view, nullptr, is_bf16, strides);
+      phases_.back().conv.emplace_back(Algorithm::direct, part, view, nullptr, is_bf16, kGradPart,
+                                       strides);
     }
   }
 }

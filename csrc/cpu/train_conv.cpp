@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> train_conv(
   Tensor output = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, dtype);
   const VectorArgument<float> shift(op, "bias", bias, output);
   const PackedNow conv(parse_quick(op, algorithm, shape, weight, shape.channels, is_bf16), shape,
-                       view_weight(weight, 1), shift.data(), is_bf16);
+                       view_weight(weight, 1), shift.data(), is_bf16, kOutputPart);
 
   const Images from = images_of(x), to = images_of(output);
   const int64_t step = images_of_a_pass(shape, from.element);

@@ -40,11 +40,6 @@ constexpr float kWinogradPoints[] = {0, 0.75f, -0.75f, 1.5f, -1.5f};
 constexpr int64_t kLateWords = 64;
 constexpr int64_t kLateSlice = kLateWords * kPanel + 16;
 
-// Products in a part of a sum, where that has parts: half of the channels and at most 64. So the
-// error of F(4 x 4) is 0.95 (512 channels) to 1.8 times (64) oneDNN's, and 2.0 to 2.3 with one
-// part.
-constexpr int64_t kLongestPart = 64;
-
 struct WinogradTask {
   ConvArguments conv;
   PlainWeight plain;  // [out_channels][channels / groups][3][3], not transformed
@@ -79,7 +74,8 @@ struct WinogradTask {
   int64_t product_slice(int64_t weight) const { return kPanel * most_rows(weight) + 16; }
   int64_t chain() const {
     const int64_t half = (conv.group_words() + 31) / 32 * 16;
-    return !conv.exact ? int64_t(1) << 40 : half < kLongestPart ? half : kLongestPart;
+    if (conv.longest_part == 0) return int64_t(1) << 40;
+    return half < conv.longest_part ? half : conv.longest_part;
   }
   bool gathers() const { return late && conv.packed == nullptr; }
   int64_t workspace() const {

@@ -1,6 +1,6 @@
-// Weights transformed in the call: U = G w G^T, in float32. In inference memory
-// delivers the nine taps of many channels sooner than the 36 weights, and the difference pays for
-// this; in training the weights are new at every call.
+// Weights transformed in the call: U = G w G^T, in float32. In inference memory delivers the nine
+// taps of many channels sooner than the 36 weights, and the difference pays for this; in training
+// the weights are new at every call.
 // Included inside the namespace of one instruction set (for_each_isa.h), after vectors.h.
 
 // What the three taps of a line become (winograd_transform.h): a polynomial's even and odd part
