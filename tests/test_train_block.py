@@ -135,7 +135,8 @@ def test_own_kernels_are_within_eagers_budget(
 ) -> None:
     """With a ReLU over values of which none lies so near to its kink that rounding decides.
 
-    One draw may be a lucky one for either side.
+    That takes small images; whose error is smaller in a sum over so few pixels is a matter of luck,
+    so what has one number per channel is held to the budget with SiLU, on larger ones.
     """
     plain = smooth(big(kind)) if act == "silu" else big(kind)
     fused = resnet_fused.fuse(copy.deepcopy(plain), memory=memory)
@@ -155,6 +156,8 @@ def test_own_kernels_are_within_eagers_budget(
     assert "winograd4" in native_calls
     assert "library" not in native_calls
     for name, draws in found.items():
+        if act == "relu" and draws[0][0].dim() < 2:
+            continue
         actual, eager, truth = (torch.stack(values) for values in zip(*draws, strict=True))
         assert_parity(actual, eager, truth, what=name)
 
