@@ -30,7 +30,8 @@ sanitize: $(SANITIZED)/.ready
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 		$(BIN)/pytest -q -n auto -p no:cacheprovider $(wildcard $(addprefix tests/test_, \
 			conv_kinds.py head.py max_pool.py ops.py overwrite.py packed_conv.py packed_conv_op.py \
-			running_statistics.py train_block.py train_conv.py)) \
+			running_statistics.py train_bfloat16.py train_block.py train_call.py train_conv.py \
+			train_pool.py)) \
 		|| { cat $(SANITIZED)/report.*; exit 1; }
 
 $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)

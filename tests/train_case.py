@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,3 +34,15 @@ def smooth(model: nn.Module) -> nn.Module:
             setattr(model, name, nn.SiLU())
         smooth(child)
     return model
+
+
+def results(model: nn.Module, x: Tensor, weigh: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Everything that a training step of a weighed sum gives, by name."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    weigh(y).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x": x.grad}
+    found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return found | {n: b.clone() for n, b in model.named_buffers()}
