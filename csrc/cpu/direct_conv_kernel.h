@@ -127,14 +127,16 @@ inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t grou
                                     : (place.image * stride[0] + group * shape.group_channels()) /
                                               task.conv.per_word() +
                                           place.y * row_stride + place.x * pixel_stride(task);
+  // Cut evenly, so that any two make the halves of a tile.
+  const int64_t parts = (place.width + kHalf - 1) / kHalf;
   int64_t count = 0;
   for (int64_t i = 0; i < place.height; ++i) {
     const int64_t pixel = place.image * task.output_stride(0) +
                           (place.y + i) * task.output_stride(1) + place.x * task.output_stride(2);
-    for (int64_t j = 0; j < place.width; j += kHalf) {
-      const int64_t left = place.width - j;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t j = place.width * part / parts;
       runs[count++] = {start + i * row_stride + j * pixel_stride(task),
-                       pixel + j * task.output_stride(2), left < kHalf ? left : kHalf};
+                       pixel + j * task.output_stride(2), place.width * (part + 1) / parts - j};
     }
   }
   return count;
@@ -142,7 +144,7 @@ inline int64_t cut_runs(const DirectTask& task, const Place& place, int64_t grou
 
 struct DirectTile {
   const float* a;
-  PixelRun first, second;  // the second may be empty
+  PixelRun first, second;  // the second as long as the first, or one shorter
   int64_t pixel_stride;
   const int64_t* segments;
   int64_t segment_count, depth, longest_chain;
@@ -173,8 +175,9 @@ void multiply_tile(const DirectTile& tile, const Finish<T>& finish) {
   float memory[kRows][kPanel];
   if (in_parts) clear(memory[0], kRows * kPanel);
   const auto offset = [&](int r) {
-    const int64_t pixel = r < kHalf ? tile.first.pixel + r * tile.out_stride
-                                    : tile.second.pixel + (r - kHalf) * tile.out_stride;
+    constexpr int kFirst = first_half(kRows);
+    const int64_t pixel = r < kFirst ? tile.first.pixel + r * tile.out_stride
+                                     : tile.second.pixel + (r - kFirst) * tile.out_stride;
     return pixel * tile.out_channels;
   };
   for (int column = 0; column < kPanel; column += kTileColumnsInRegisters) {
@@ -226,6 +229,21 @@ using Directs = DirectTable<T, Element, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1
 template <class T, class Element>
 using Directs = DirectTable<T, Element, 1, 2, 3, 4, 5, 6>;
 #endif
+
+// The halves of the next tile: two of the `left` runs, or both halves of the last one. Returns
+// their pixels.
+inline int64_t take_runs(const PixelRun* runs, int64_t left, DirectTile& tile) {
+  if (left > 1) {
+    const bool longer = runs[1].length > runs[0].length;
+    tile.first = runs[longer ? 1 : 0], tile.second = runs[longer ? 0 : 1];
+  } else {
+    const int64_t half = first_half(runs[0].length);
+    tile.first = {runs[0].input, runs[0].pixel, half};
+    tile.second = {runs[0].input + half * tile.pixel_stride, runs[0].pixel + half * tile.out_stride,
+                   runs[0].length - half};
+  }
+  return tile.first.length + tile.second.length;
+}
 
 // Where the input is read in place, tiles of the first panel bring in the pixels of the next tile,
 // one line for each step of the sum; otherwise the first two tiles bring in the next panel.
@@ -281,12 +299,8 @@ void direct_kernel(const DirectTask& task, const Place& place, int64_t group, in
                            task.conv.negative_slope};
     tile.b = task.conv.packed + (group * task.panels() + panel) * task.panel_size();
     for (int64_t i = 0, done = 0; i < count; ++done) {
-      tile.first = tile.second = runs[i++];
-      int64_t rows = tile.first.length;
-      if (rows == kHalf && i < count) {
-        tile.second = runs[i++];
-        rows += tile.second.length;
-      }
+      const int64_t rows = take_runs(runs + i, count - i, tile);
+      i += count - i < 2 ? 1 : 2;
       tile.ahead = read_ahead(task, tile, done, panel == begin);
       // Then come the next tile, the next panel or the next unit.
       const bool last = panel + 1 == end;

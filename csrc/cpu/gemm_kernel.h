@@ -35,6 +35,11 @@ constexpr int kHalf = kLanes == 16 ? 7 : 3;
 constexpr int kGemmRows = 2 * kHalf;
 constexpr int kTileColumnsInRegisters = 2 * kLanes;
 
+// Rows of the first of A's halves; the second has as many, or one fewer.
+constexpr int64_t first_half(int64_t rows) {
+  return (rows + 1) / 2;
+}
+
 // Weights that are needed next, read ahead into L2: one cache line per row of B, as more at once
 // would fill the queue of misses and stop everything.
 struct ReadAhead {
@@ -78,7 +83,7 @@ struct NothingExpected {
 
 struct GemmRows {
   const float* first;   // row 0
-  const float* second;  // row kHalf
+  const float* second;  // row first_half(rows)
   int64_t row_stride;
   int64_t chunk_stride;  // from 16 columns of A to the next 16
 };
@@ -86,6 +91,7 @@ struct GemmRows {
 template <class Element, int kRows, class Lines>
 DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const float* b,
                             int64_t depth, ReadAhead& ahead, Lines& lines) {
+  constexpr int kFirst = first_half(kRows);
   const float* first = a.first;
   const float* second = a.second;
   for (int64_t chunk = 0; chunk < depth; chunk += 16) {
@@ -96,7 +102,7 @@ DEVICE_INLINE void gemm_add(Vector (&sums)[kRows][2], const GemmRows& a, const f
 #pragma GCC unroll 14
       for (int r = 0; r < kRows; ++r) {
         const float* row =
-            r < kHalf ? first + r * a.row_stride : second + (r - kHalf) * a.row_stride;
+            r < kFirst ? first + r * a.row_stride : second + (r - kFirst) * a.row_stride;
         const Vector value = all(row[k]);
         Element::multiply_add(sums[r][0], value, b0);
         Element::multiply_add(sums[r][1], value, b1);

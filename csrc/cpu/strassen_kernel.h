@@ -123,7 +123,8 @@ DEVICE_INLINE void add_product(int64_t i, const Factors& f, int column,
   const float* const after = b + f.half * kPanel;
   ReadAhead ahead{after, kPanel};
   StrassenLines all{lines, f.from_memory ? after + 16 : b, f.from_memory ? kPanel : 0};
-  gemm_add<Floats, kRows>(sums, {a, a + kHalf * f.row, f.row, 16}, b + column, f.half, ahead, all);
+  gemm_add<Floats, kRows>(sums, {a, a + first_half(kRows) * f.row, f.row, 16}, b + column, f.half,
+                          ahead, all);
 }
 
 // Whether all is finite: an infinity anywhere would spoil both tiles and both halves.

@@ -33,8 +33,9 @@ void multiply(const float* transformed, int64_t rows, const float* weights, int6
     for (int64_t k = 0; k < depth; k += chain) {
       const int64_t length = depth - k < chain ? depth - k : chain;
       const float* first = transformed + begin * 16 + k * rows;
-      Gemms<Element>::kByRows[end - begin - 1]({first, first + kHalf * 16, 16, rows * 16},
-                                               weights + k * kPanel, length, mine, adds || k > 0,
+      const float* second = first + first_half(end - begin) * 16;
+      Gemms<Element>::kByRows[end - begin - 1]({first, second, 16, rows * 16}, weights + k * kPanel,
+                                               length, mine, adds || k > 0,
                                                products + begin * kPanel);
       mine.next += length * mine.step;
       mine.left -= length;
