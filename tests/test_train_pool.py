@@ -55,3 +55,20 @@ def test_max_pool_of_an_activation(window: tuple[int, ...], dtype: torch.dtype) 
     )  # fmt: skip
     for actual, exact in zip(sums, expected_sums, strict=True):
         assert float((actual.double() - exact).norm() / exact.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("window", [(256, 1), (16, 16), (1, 1 << 40)], ids=str)
+def test_a_window_has_no_more_pixels_than_a_byte_counts(window: tuple[int, int]) -> None:
+    z = torch.zeros(1, 16, 300, 300).to(memory_format=torch.channels_last)
+    pool = [*window, 1, 1, 0, 0, 1, 1]
+    places = torch.zeros(1, 16, 1, 1, dtype=torch.uint8)
+    vectors = [torch.zeros(16), torch.ones(16), torch.ones(16), torch.zeros(16)]
+    for call in (
+        lambda: ops._max_unpool(torch.zeros(1, 16, 1, 1), places, z, pool),
+        lambda: ops._train_pool(z, vectors, EPS, "relu", 0.0, pool),
+        lambda: ops._train_pool_sums(
+            torch.zeros(1, 16, 1, 1), places, z, vectors, EPS, "relu", 0.0, pool
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="window"):
+            call()

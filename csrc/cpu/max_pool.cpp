@@ -43,6 +43,13 @@ PoolShape pool_shape(const char* op, const Tensor& input, const std::vector<int6
   return shape;
 }
 
+PoolShape positions_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window) {
+  const PoolShape shape = pool_shape(op, input, window);
+  check(shape.kernel[0] <= kMostPositions / shape.kernel[1], op, ": window must have at most ",
+        kMostPositions, " pixels, got ", shape.kernel[0], " x ", shape.kernel[1]);
+  return shape;
+}
+
 void max_pool(const void* input, void* output, uint8_t* positions, const PoolShape& shape,
               int64_t images, ScalarType dtype) {
   const auto kernel = RESNET_FUSED_CALL(max_pool_kernel, dtype, positions != nullptr);
@@ -89,7 +96,7 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
 Tensor max_unpool2d(const Tensor& grad, const Tensor& positions, const Tensor& input,
                     const std::vector<int64_t>& window) {
   constexpr const char* op = "_max_unpool";
-  const PoolShape shape = pool_shape(op, input, window);
+  const PoolShape shape = positions_shape(op, input, window);
   check(grad.scalar_type() == input.scalar_type() && same_shape(grad, positions) &&
             grad.size(0) == input.size(0) && grad.size(1) == input.size(1) &&
             grad.size(2) == shape.out_height && grad.size(3) == shape.out_width,

@@ -16,8 +16,10 @@ struct PoolShape {
 
 // `window` is kernel_size, stride, padding and dilation, two numbers each.
 PoolShape pool_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window);
+// The same where it is kept which of a window's pixels its largest value was found at.
+PoolShape positions_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window);
 
-constexpr int64_t kMostPositions = 255;  // of a window, where its largest value's is kept
+constexpr int64_t kMostPositions = 255;  // pixels of such a window
 
 // Data are [N][H][W][C]. `positions`, if not null, are where in its window each output was found,
 // kernel[1] * row + column; of several the first, as in eager PyTorch.

@@ -164,7 +164,7 @@ class OutputGrad {
             ": positions must have the shape of grad, got ",
             shape_text(arguments.positions->sizes()));
       positions_ = dense(*arguments.positions, MemoryFormat::ChannelsLast);
-      pool_ = pool_shape(op, output_, arguments.window);
+      pool_ = positions_shape(op, output_, arguments.window);
     } else {
       check(same_shape(grad_, output_), op, ": grad must have the shape of output, ",
             shape_text(output_.sizes()), ", got ", shape_text(grad_.sizes()));

@@ -28,9 +28,7 @@ std::tuple<Tensor, Tensor> train_pool(const Tensor& input, const std::vector<Ten
                                       double eps, const std::string& act, double negative_slope,
                                       const std::vector<int64_t>& window) {
   constexpr const char* op = "_train_pool";
-  const PoolShape shape = pool_shape(op, input, window);
-  check(shape.kernel[0] * shape.kernel[1] <= kMostPositions, op, ": window must have at most ",
-        kMostPositions, " pixels");
+  const PoolShape shape = positions_shape(op, input, window);
   const ScalarType dtype = input.scalar_type();
   const Tensor z = dense(input, MemoryFormat::ChannelsLast);
   const Norm norm(op, "vectors", vectors, eps, act, negative_slope, z);
@@ -57,7 +55,7 @@ std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& pos
                                            double negative_slope,
                                            const std::vector<int64_t>& window) {
   constexpr const char* op = "_train_pool_sums";
-  const PoolShape shape = pool_shape(op, input, window);
+  const PoolShape shape = positions_shape(op, input, window);
   const ScalarType dtype = input.scalar_type();
   const Tensor z = dense(input, MemoryFormat::ChannelsLast);
   const Tensor g = dense(grad, MemoryFormat::ChannelsLast);
