@@ -1,4 +1,6 @@
-// Included inside the namespace of one instruction set, after simd.h.
+// Rows of a max-pool's output, or of its input's gradient: each number is read, compared and added
+// up in registers, the channels of a pixel together. Included inside the namespace of one
+// instruction set (for_each_isa.h), after simd.h.
 
 #include "vectors.h"
 
