@@ -62,7 +62,13 @@ bench: .venv/.ready
 			--peers channels_last,compile,fused_low \
 			--json $(RESULTS)/cpu_training_$$1_$$2_$$3.json || exit 1; done
 
-# On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured.
+# On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured. A
+# red test does not keep the benchmark from running, which may be all that the machine is there for.
+# The options of pytest in pyproject.toml need plug-ins that may be missing.
+BUDGET ?= 300
+TEST_SECONDS ?= 150
+GPU_TESTS := $(wildcard tests/test_triton_*.py tests/test_capture.py) \
+	tests/test_functional.py tests/test_ops.py
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
@@ -70,10 +76,14 @@ gpu:
 
 .PHONY: gpu-run
 gpu-run:
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -q tests/test_ops.py tests/test_functional.py tests/test_graph.py
-	$(PYTHON) -m resnet_fused bench resnet50 --device cuda --batch-size 64 --dtype bfloat16 \
-		--peers channels_last,compile --json $(RESULTS)/gpu_resnet50_b64.json
+	@$(PYTHON) setup.py -q build_ext --inplace \
+		|| echo "make gpu: the CPU kernels were not built; going on without"
+	@tests=passed; bench=passed; \
+	timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -q -o addopts=-ra $(GPU_TESTS) \
+		|| tests="failed, or took over $(TEST_SECONDS) s"; \
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) || bench=failed; \
+	echo "make gpu: tests $$tests; benchmark $$bench"; \
+	test "$$tests" = passed -a "$$bench" = passed
 
 clean:
 	rm -rf .venv build *.egg-info resnet_fused/_C_*.so .pytest_cache .mypy_cache .ruff_cache

@@ -11,13 +11,16 @@ from resnet_fused.api import (
     unfuse,
     verify,
 )
+from resnet_fused.capture import Captured, capture
 from resnet_fused.policy import precision
 
 __all__ = [
+    "Captured",
     "Entry",
     "Explanation",
     "FusionError",
     "Verification",
+    "capture",
     "explain",
     "functional",
     "fuse",

@@ -261,8 +261,9 @@ def _parser() -> Parser:
         "--peers",
         default="channels_last,compile",
         metavar="LIST",
-        help="eager, channels_last, compile, onnxruntime, openvino with commas between, or all, or "
-        "none; eager and fused are always measured (default: %(default)s)",
+        help="channels_last, compile, fused_low, on the CPU onnxruntime and openvino, on a GPU "
+        "compile_max_autotune, eager_graph and fused_graph, with commas between, or all, or none; "
+        "eager and fused are always measured (default: %(default)s)",
     )
     bench.add_argument(
         "--repeats", type=positive, default=20, metavar="N", help="timed steps (default: 20)"
@@ -285,7 +286,12 @@ def add_case_arguments(
     parser.add_argument(
         "--image-size", type=positive, default=224, metavar="N", help="(default: 224)"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        default="fp32",
+        help="tf32 on a GPU only (default: %(default)s)",
+    )
     parser.add_argument(
         "--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)"
     )

@@ -11,7 +11,12 @@ import torch
 Mode = Literal["inference", "training"]
 
 MODES = ("inference", "training")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # multiplied as TensorFloat-32, on a GPU; fp32 is not
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class BenchmarkError(Exception):
@@ -43,10 +48,17 @@ class Case:
             if getattr(self, name) < 1:
                 raise BenchmarkError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_device(self.device)
+        if self.dtype == "tf32" and not self.on_gpu:
+            raise BenchmarkError("tf32 is a precision of GPUs; on the CPU use dtype fp32")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is measured on a CUDA device."""
+        return torch.device(self.device).type == "cuda"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What convolutions compute in."""
+        """The dtype of what convolutions read and write."""
         return DTYPES[self.dtype]
 
     @property

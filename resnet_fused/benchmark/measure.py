@@ -2,16 +2,19 @@
 
 The threads of OpenMP and of ONNX Runtime go on spinning for a while after a call and halve the
 speed of whatever runs next. So before each timed call comes a pause, in which the last one's
-threads fall asleep, and one untimed call, which wakes this one's and brings its weights back.
+threads fall asleep, and one untimed call, which wakes this one's and brings its weights back. A GPU
+needs no pause; there short calls are timed several at once, because it idles until the first one's
+launch arrives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from torch import Tensor, nn
 Call = Callable[[], object]
 
 PAUSE_S = 0.1  # libgomp and ONNX Runtime spin for less than this
+
+_SHORT_MS = 2.0  # a call on a GPU that takes less is timed several at once,
+_SAMPLE_MS = 10.0  # so many that the sample takes this
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,14 @@ def interleave(
     *,
     repeats: int,
     device: torch.device,
-    pause_s: float = PAUSE_S,
+    pause_s: float | None = None,
     limit_s: float = math.inf,
     on_sample: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time `calls` in turns (A B C A B C ...), `repeats` times each.
 
     Args:
+        pause_s: before each sample; None is :data:`PAUSE_S` on the CPU and nothing on a GPU.
         limit_s: no further round begins after so many seconds, though never fewer than three (or
             `repeats`) rounds are made.
         on_sample: told the name after each timed call, for a progress bar.
@@ -68,6 +75,9 @@ def interleave(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    on_gpu = device.type == "cuda"
+    if pause_s is None:
+        pause_s = 0.0 if on_gpu else PAUSE_S
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + limit_s
     for done in range(repeats):
@@ -75,27 +85,53 @@ def interleave(
             break
         for name, call in calls.items():
             time.sleep(pause_s)
-            call()
-            samples[name].append(time_once(call, device=device))
+            first = time_once(call, device=device)
+            count = calls_a_sample(first) if on_gpu else 1
+            samples[name].append(time_once(call, device=device, count=count))
             on_sample(name)
     return {name: summarise(times) for name, times in samples.items()}
 
 
-def time_once(call: Call, *, device: torch.device) -> float:
-    """Milliseconds of one call: wall clock on the CPU, events on the stream on a GPU."""
+def calls_a_sample(call_ms: float) -> int:
+    """How many calls that take so long on a GPU make one sample."""
+    return 1 if call_ms >= _SHORT_MS else math.ceil(_SAMPLE_MS / max(call_ms, 1e-3))
+
+
+def time_once(call: Call, *, device: torch.device, count: int = 1) -> float:
+    """Milliseconds of one call, as the mean of `count` in a row.
+
+    By the wall clock on the CPU, by events on the stream on a GPU.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
-            call()
+            for _ in range(count):
+                call()
             end.record()
             end.synchronize()
-            return start.elapsed_time(end)
+            return start.elapsed_time(end) / count
     begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / count
+
+
+@contextlib.contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """In here a GPU may, or may not, round what float32 convolutions and products multiply.
+
+    PyTorch's own default is the one for convolutions and the other for products.
+    """
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def peak_memory(call: Call, *, device: torch.device) -> int | None:

@@ -2,10 +2,13 @@
 
 eager: the model as it is, contiguous (NCHW)
 eager_channels_last: the same in channels_last (NHWC)
+eager_graph: that captured as one CUDA graph, for inference on a GPU
 compile: torch.compile in channels_last, for inference on the CPU with freezing
+compile_max_autotune: torch.compile that tries more kernels and captures graphs, on a GPU
 onnxruntime, openvino: exported to ONNX and run by that library on the CPU
 fused: resnet_fused.fuse of the channels_last model
-fused_low: the same with memory="low", for training
+fused_graph: that captured as one CUDA graph, for inference on a GPU
+fused_low: fused with memory="low", for training
 
 Each has a copy of the weights of its own, so none finds another's packed.
 """
@@ -31,11 +34,15 @@ import resnet_fused
 
 from .case import BenchmarkError, Case
 from .inputs import random_labels
+from .prepare import distinct_images, repeat_images
 
 VARIANTS = (
-    "eager", "eager_channels_last", "compile", "onnxruntime", "openvino", "fused", "fused_low",
+    "eager", "eager_channels_last", "eager_graph", "compile", "compile_max_autotune",
+    "onnxruntime", "openvino", "fused", "fused_graph", "fused_low",
 )  # fmt: skip
 ALIASES = {"channels_last": "eager_channels_last"}
+_GRAPHS = ("eager_graph", "fused_graph")
+ON_GPU_ONLY = (*_GRAPHS, "compile_max_autotune")
 _RUNTIMES = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino", "onnx", "onnxscript"),
@@ -59,11 +66,10 @@ class TorchVariant:
     """A variant that is a PyTorch module.
 
     Args:
-        run: what is called; `model` itself, or what torch.compile made of it.
+        run: what is called; `model` itself, or what torch.compile or a capture made of it.
         autocast: the dtype that forward runs in under torch.autocast, None for the model's own.
+        memory_shows: see :class:`Variant`.
     """
-
-    memory_shows = True
 
     def __init__(
         self,
@@ -71,14 +77,16 @@ class TorchVariant:
         images: Tensor,
         *,
         training: bool,
-        run: nn.Module | None = None,
+        run: Callable[[Tensor], Any] | None = None,
         autocast: torch.dtype | None = None,
+        memory_shows: bool = True,
     ) -> None:
         self.model = model
         self.images = images
         self.training = training
         self.run = model if run is None else run
         self.autocast = autocast
+        self.memory_shows = memory_shows
         self.labels: Tensor | None = None
 
     def __call__(self) -> object:
@@ -113,7 +121,7 @@ class TorchVariant:
         with torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
             logits = _logits(self.run(images))
             if self.labels is None:
-                self.labels = random_labels(logits)
+                self.labels = _labels(logits)
             return F.cross_entropy(logits, self.labels), logits
 
 
@@ -137,14 +145,14 @@ class RuntimeVariant:
 def parse_peers(text: str, case: Case) -> tuple[str, ...]:
     """The variants that ``--peers`` asks for, in the order of :data:`VARIANTS`.
 
-    "all": every one, "none": only eager, the base of every ratio, and fused; otherwise names with
-    commas between.
+    "all": every one, on the CPU but for those of a GPU alone, whether or not it can run in `case`;
+    "none": only eager, the base of every ratio, and fused; otherwise names with commas between.
 
     Raises:
         BenchmarkError: for an unknown name, and for one that cannot run in `case`.
     """
     if text == "all":
-        return VARIANTS
+        return tuple(name for name in VARIANTS if case.on_gpu or name not in ON_GPU_ONLY)
     names = [] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
     wanted = {"eager", "fused"}
     for name in (ALIASES.get(name, name) for name in names):
@@ -163,6 +171,10 @@ def why_not(name: str, case: Case) -> str | None:
     """Why `name` cannot take part in `case`; None if it can."""
     if name == "fused_low" and case.mode != "training":
         return "fused_low is for training; leave it out or use --mode training"
+    if name in ON_GPU_ONLY and not case.on_gpu:
+        return f"{name} runs on a GPU only, not on {case.device}"
+    if name in _GRAPHS and case.mode == "training":
+        return f"{name} captures inference only; leave it out or use --mode inference"
     if name not in _RUNTIMES:
         return None
     if case.mode == "training":
@@ -196,15 +208,19 @@ def make_variant(name: str, model: nn.Module, images: Tensor, case: Case) -> Var
         return RuntimeVariant(runtime(model, images, case), images)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=torch.channels_last)
-    if name in ("fused", "fused_low"):
+    if name.startswith("fused"):
         memory = "low" if name == "fused_low" else "default"
-        fused = resnet_fused.fuse(model, inplace=True, memory=memory)
-        return TorchVariant(fused, images, **kind)
+        model = resnet_fused.fuse(model, inplace=True, memory=memory)
+    if name in _GRAPHS:
+        graph = resnet_fused.capture(model, images)
+        return TorchVariant(model, images, run=graph, memory_shows=False, **kind)
     if name == "compile":
-        torch.compiler.reset()  # else a second case of one process counts as a recompilation
         options: Any = {"freezing": True} if not training and case.device == "cpu" else None
         compiled: Any = torch.compile(model, options=options)
         return TorchVariant(model, images, run=compiled, **kind)
+    if name == "compile_max_autotune":
+        compiled = torch.compile(model, mode="max-autotune")
+        return TorchVariant(model, images, run=compiled, memory_shows=False, **kind)
     return TorchVariant(model, images, **kind)
 
 
@@ -256,6 +272,12 @@ def _exported(model: nn.Module, images: Tensor) -> Iterator[Path]:
                 model, (images,), str(path), dynamo=True, verbose=False, external_data=False
             )
         yield path
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """Labels that repeat as the images do that a step is judged on."""
+    distinct = distinct_images(logits.shape[0], logits.device)
+    return repeat_images(random_labels(logits[:distinct]), logits.shape[0])
 
 
 def _logits(output: object) -> Tensor:

@@ -1,4 +1,7 @@
-"""What is done to a model before it is measured: memory check, BN statistics, dtype, device."""
+"""What is done to a model before it is measured: memory check, BN statistics, dtype, device.
+
+And to a batch on a GPU, of which float64 would be slow or would not fit: :func:`distinct_images`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from .case import BenchmarkError, Case, one_line, out_of_memory
 from .inputs import random_images
 from .measure import require_memory
+
+_MOST_DISTINCT, _LEAST_DISTINCT = 64, 8
 
 
 def prepare_model(model: nn.Module, images: Tensor, case: Case) -> nn.Module:
@@ -47,6 +52,31 @@ def prepare_model(model: nn.Module, images: Tensor, case: Case) -> nn.Module:
             module.p = 0.0
     training = case.mode == "training"
     return model.train(training).to(device=case.device, dtype=case.data_dtype)
+
+
+def distinct_images(batch_size: int, device: torch.device) -> int:
+    """How many different images a training step is judged on; the batch repeats them.
+
+    On a GPU the largest divisor of the batch up to 64, where there is one of at least 8: the batch
+    has exactly the statistics, loss and gradients of these images alone, in exact arithmetic, so
+    float64 need not compute more. On the CPU all of the batch.
+    """
+    if device.type != "cuda":
+        return batch_size
+    divisor = next(d for d in range(min(batch_size, _MOST_DISTINCT), 0, -1) if batch_size % d == 0)
+    return divisor if divisor >= _LEAST_DISTINCT else batch_size
+
+
+def repeat_images(values: Tensor, count: int) -> Tensor:
+    """`count` rows made of the rows of `values`, which divide them, in copies.
+
+    Each copy begins one row later than the last, so that a kernel which takes an image for the one
+    in its place in another copy is found out.
+    """
+    copies = count // values.shape[0]
+    if copies == 1:
+        return values
+    return torch.cat([values.roll(copy, dims=0) for copy in range(copies)])
 
 
 def is_untrained(model: nn.Module) -> bool:

@@ -16,9 +16,9 @@ from resnet_fused.parity import error_budget, relative_error
 
 from .case import BenchmarkError, Case, Result, one_line, out_of_memory
 from .inputs import random_images
-from .measure import interleave, peak_memory, saved_bytes, time_once
+from .measure import interleave, peak_memory, saved_bytes, tensor_float_32, time_once
 from .peers import TorchVariant, Variant, make_variant
-from .prepare import prepare_model
+from .prepare import distinct_images, prepare_model, repeat_images
 
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, what comes next)."""
@@ -27,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 # such flip moves a gradient far more than rounding does. So gradients may be judged on so many
 # inputs.
 _GRADIENT_TRIALS = 3
+
+_JUDGED_ON_GPU = 8  # images of a batch in inference, where each is computed by itself
 
 
 @dataclass
@@ -55,6 +57,10 @@ def run_case(
     and eager_channels_last in the same dtype, plus one rounding
     (:func:`resnet_fused.parity.error_budget`).
 
+    On a GPU every variant runs on the whole batch, but float64 would take minutes or more memory
+    than there is. So in inference it computes eight images, the first and the last among them; in
+    training the batch that is judged repeats at most 64 images (:func:`.prepare.distinct_images`).
+
     Args:
         case: says on which device, in which dtype and how; its `threads` are set for the process.
         model: float32 on the CPU, left unchanged. One that was never trained gets random BN
@@ -71,6 +77,21 @@ def run_case(
     """
     if repeats < 1:
         raise BenchmarkError(f"repeats must be at least 1, got {repeats}")
+    if any(name.startswith("compile") for name in variants):
+        torch.compiler.reset()  # else a second case of one process counts as a recompilation
+    with tensor_float_32(case.dtype == "tf32"):
+        return _measure(case, model, images, variants, repeats, limit_s, progress)
+
+
+def _measure(
+    case: Case,
+    model: nn.Module,
+    images: Tensor,
+    variants: Sequence[str],
+    repeats: int,
+    limit_s: float,
+    progress: Progress,
+) -> list[Result]:
     total, done = len(variants) * (repeats + 2) + 1, 0
 
     def step(what: str) -> None:
@@ -82,13 +103,7 @@ def run_case(
     device = torch.device(case.device)
     base = prepare_model(model, images, case)
     step("float64 reference")
-    trials = [images]
-    if case.mode == "training":
-        trials += [
-            random_images(case.batch_size, case.image_size, seed=1 + i)
-            for i in range(_GRADIENT_TRIALS - 1)
-        ]
-    inputs = trials[0].to(device=device, dtype=case.data_dtype)
+    inputs = images.to(device=device, dtype=case.data_dtype)
 
     entries: dict[str, _Entry] = {}
     for name in variants:
@@ -96,7 +111,7 @@ def run_case(
         entries[name] = _prepare(name, base, inputs, case)
     for name in variants:
         step(f"checking {name}")
-    budget = _judge(case, base, trials, entries)
+    budget = _judge(case, base, images, inputs, entries)
 
     right = {name: e.variant for name, e in entries.items() if e.variant and e.error is None}
     timings = interleave(
@@ -145,39 +160,56 @@ def _prepare(name: str, base: nn.Module, inputs: Tensor, case: Case) -> _Entry:
             raise BenchmarkError(
                 f"{case.model} fails in eager PyTorch: {one_line(error)}"
             ) from error
-        return _Entry(error="out of memory" if out_of_memory(error) else one_line(error))
+        return _Entry(error=_reason(error))
 
 
 def _judge(
-    case: Case, base: nn.Module, trials: Sequence[Tensor], entries: dict[str, _Entry]
+    case: Case, base: nn.Module, images: Tensor, inputs: Tensor, entries: dict[str, _Entry]
 ) -> float:
     """Fill in every variant's error against float64, refuse the wrong ones, and return the budget.
 
     Later trials are run only while a gradient is off, and only the first one's output counts.
+
+    Args:
+        images: of the first trial, float32 on the CPU.
+        inputs: the batch that the variants were made for.
     """
     dtype = case.torch_dtype
     training = case.mode == "training"
-    shape_of = trials[0].to(device=case.device, dtype=case.data_dtype)
     baselines: dict[str, Variant] = {
         name: entry.variant
         for name in ("eager", "eager_channels_last")
         if (entry := entries.get(name)) is not None and entry.variant is not None
     }
     if "eager_channels_last" not in baselines:
-        baselines["eager_channels_last"] = make_variant("eager_channels_last", base, shape_of, case)
+        baselines["eager_channels_last"] = make_variant("eager_channels_last", base, inputs, case)
 
+    rows = _judged_rows(case)
+    distinct = distinct_images(case.batch_size, inputs.device)
+    trials = _GRADIENT_TRIALS if training else 1
     pending = {name: e.variant for name, e in entries.items() if e.variant is not None}
     worst = {"output": 0.0, "gradient": 0.0}  # of the baselines
-    for number, images in enumerate(trials):
-        images = images.to(device=case.device, dtype=case.data_dtype)
-        truth = _truth(base, images, training=training)
+    for number in range(trials):
+        if number > 0:
+            images = random_images(distinct, case.image_size, seed=number)
+        batch = repeat_images(images[:distinct], case.batch_size) if training else images
+        batch = batch.to(inputs)
+        truth = _truth(base, batch[rows], training=training)
         for variant in baselines.values():
-            for kind, error in _errors(variant.outputs(images), truth).items():
+            for kind, error in _errors(variant.outputs(batch), truth, rows).items():
                 worst[kind] = max(worst[kind], error)
         for name, variant in list(pending.items()):
             entry = entries[name]
             entry.error = None
-            for kind, error in _errors(variant.outputs(images), truth).items():
+            try:
+                errors = _errors(variant.outputs(batch), truth, rows)
+            except Exception as failure:  # any peer may, as in _prepare; eager ends the run
+                if name in baselines:
+                    raise
+                entry.error = _reason(failure)
+                del pending[name]
+                continue
+            for kind, error in errors.items():
                 limit = error_budget(worst[kind], dtype)
                 entry.relative_error = error  # in training the gradient's, which comes last
                 # "not <=" refuses NaN too; a wrong output is final, a gradient may have flipped.
@@ -188,9 +220,23 @@ def _judge(
                         break
             if entry.error is None:
                 del pending[name]
-        if not pending or number == len(trials) - 1:
+        if not pending:
             break
     return error_budget(worst["gradient" if training else "output"], dtype)
+
+
+def _reason(error: Exception) -> str:
+    return "out of memory" if out_of_memory(error) else one_line(error)
+
+
+def _judged_rows(case: Case) -> Tensor | slice:
+    """Of a batch the images that float64 computes: all on the CPU, see :func:`run_case`."""
+    device = torch.device(case.device)
+    if case.mode == "training":
+        return slice(distinct_images(case.batch_size, device))
+    if not case.on_gpu or case.batch_size <= _JUDGED_ON_GPU:
+        return slice(None)
+    return torch.linspace(0, case.batch_size - 1, _JUDGED_ON_GPU, device=device).long()
 
 
 def _truth(base: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tensor]:
@@ -209,9 +255,15 @@ def _truth(base: nn.Module, images: Tensor, *, training: bool) -> dict[str, Tens
         return aside.submit(outputs).result()
 
 
-def _errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """The error of the output and, in training, the worst one of a parameter's gradient."""
-    errors = {"output": relative_error(actual["output"], truth["output"])}
+def _errors(
+    actual: dict[str, Tensor], truth: dict[str, Tensor], rows: Tensor | slice
+) -> dict[str, float]:
+    """The error of the output and, in training, the worst one of a parameter's gradient.
+
+    Args:
+        rows: of the actual output, which the true one has.
+    """
+    errors = {"output": relative_error(actual["output"][rows], truth["output"])}
     gradients = truth.keys() - {"output"}
     if gradients:
         missing = gradients - actual.keys()

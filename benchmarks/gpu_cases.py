@@ -1,0 +1,216 @@
+"""The cases that ``gpu.py`` measures, in which order, and the file that keeps what came out.
+
+The file is written anew after every case, so that a run that is cut short leaves all but its last
+one, and the next run goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_fused import benchmark
+from resnet_fused.benchmark import Case, Mode, Result
+from resnet_fused.benchmark.case import one_line
+
+MODELS = ("resnet50", "resnet18", "resnext50_32x4d", "wide_resnet50_2", "resnet101")
+DTYPES = ("bf16", "fp16", "tf32")
+INFERENCE_BATCHES = (256, 1, 32, 8, 128)
+TRAINING_BATCHES = (256, 64)
+
+_MOST_GRAPH_BATCH = 32  # with more images a step is longer than its launches
+_REPEATS = 20
+_LIMIT_S = 4.0  # of timing a case; most of its time goes into compiling
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One entry of the matrix. `autotuned` is the peer that compiles for minutes, by itself."""
+
+    model: str
+    mode: Mode
+    dtype: str
+    batch_size: int
+    autotuned: bool = False
+
+    @property
+    def name(self) -> str:
+        text = f"{self.model} {self.mode} {self.dtype} b{self.batch_size}"
+        return f"{text} max-autotune" if self.autotuned else text
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is measured side by side."""
+        names = {"eager", "fused"}
+        names |= {"compile_max_autotune"} if self.autotuned else {"eager_channels_last", "compile"}
+        if self.mode == "inference" and self.batch_size <= _MOST_GRAPH_BATCH:
+            names |= {"fused_graph"} if self.autotuned else {"eager_graph", "fused_graph"}
+        if self.mode == "training" and not self.autotuned:
+            names.add("fused_low")
+        return tuple(v for v in benchmark.VARIANTS if v in names)
+
+    def case(self) -> Case:
+        """The same as the library's benchmark has it.
+
+        Raises:
+            BenchmarkError: there is no GPU.
+        """
+        return Case(
+            model=self.model,
+            mode=self.mode,
+            device="cuda",
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            threads=torch.get_num_threads(),
+        )
+
+
+def planned_cases(only: str = "") -> list[Planned]:
+    """The whole matrix, the most valuable first; those whose name contains `only`.
+
+    ResNet-50 in bfloat16 comes first, large and small; then its other dtypes and batches; then one
+    large and one small batch and a training step of each other network; then the rest. Autotuned
+    parts come right behind the first and, for everything else, last.
+    """
+    bf16 = [Planned("resnet50", "inference", "bf16", batch) for batch in INFERENCE_BATCHES]
+    steps = [Planned("resnet50", "training", "bf16", batch) for batch in TRAINING_BATCHES]
+    first = [*bf16[:2], steps[0], _autotuned(bf16[0]), _autotuned(bf16[1]), bf16[2]]
+    first += [Planned("resnet50", "inference", dtype, 256) for dtype in DTYPES[1:]]
+    first.append(steps[1])
+    for model in MODELS[1:]:
+        first += [Planned(model, "inference", "bf16", batch) for batch in INFERENCE_BATCHES[:2]]
+        first.append(Planned(model, "training", "bf16", TRAINING_BATCHES[0]))
+    rest = [
+        *(Planned(m, "inference", d, b) for m, d, b in product(MODELS, DTYPES, INFERENCE_BATCHES)),
+        *(Planned(m, "training", "bf16", b) for m, b in product(MODELS, TRAINING_BATCHES)),
+    ]
+    autotuned = [_autotuned(p) for p in rest]
+    ordered = dict.fromkeys([*first, *rest, *autotuned])
+    return [p for p in ordered if only in p.name]
+
+
+def _autotuned(planned: Planned) -> Planned:
+    return Planned(planned.model, planned.mode, planned.dtype, planned.batch_size, autotuned=True)
+
+
+def file_name(gpu: str, date: str, commit: str | None) -> str:
+    """As "h200-2026-11-25-65c87ff.json" for "NVIDIA H200".
+
+    Args:
+        date: ISO 8601, with or without a time.
+        commit: 40 digits, with "-dirty" behind them if files were changed.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
+    digits, dirty, _ = (commit or "unknown").partition("-dirty")
+    return f"{slug}-{date[:10]}-{digits[:7]}{dirty}.json"
+
+
+class Record:
+    """What was measured so far, as the file at `path` has it.
+
+    Raises:
+        BenchmarkError: the file is there and is not one of these.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"cases": {}}
+        if path.exists():
+            try:
+                self.data = json.loads(path.read_text())
+            except ValueError as error:
+                raise benchmark.BenchmarkError(f"{path} is not JSON: {error}") from error
+            if not isinstance(self.data, dict) or not isinstance(self.data.get("cases"), dict):
+                raise benchmark.BenchmarkError(f"{path} is not a result file of gpu.py")
+
+    def done(self, name: str) -> bool:
+        """Whether a case is in it, without an error."""
+        entry = self.data["cases"].get(name)
+        return entry is not None and entry["error"] is None
+
+    def put(self, key: str, value: Any) -> None:
+        """Set one part of it, and write the file."""
+        self.data[key] = value
+        self._write()
+
+    def put_case(self, name: str, entry: dict[str, Any]) -> None:
+        """Set one case, and write the file."""
+        self.data["cases"][name] = entry
+        self._write()
+
+    def _write(self) -> None:
+        text = benchmark.json_text(_finite(self.data))
+        benchmark.write_atomically(self.path, text.encode())
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def measure_case(planned: Planned) -> list[Result]:
+    """Run one case on the GPU."""
+    case = planned.case()
+    with benchmark.ProgressBar() as progress:
+        return benchmark.run_case(
+            case,
+            benchmark.load_model(case.model),
+            benchmark.random_images(case.batch_size, case.image_size),
+            variants=planned.variants,
+            repeats=_REPEATS,
+            limit_s=_LIMIT_S,
+            progress=progress,
+        )
+
+
+def run_cases(
+    planned: Sequence[Planned],
+    record: Record,
+    *,
+    deadline: float,
+    run: Callable[[Planned], list[Result]],
+    after: Callable[[Planned, list[Result], str | None], None] = lambda case, results, error: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Planned]:
+    """Measure what is not yet in the file, until the time is used up.
+
+    Args:
+        deadline: of `clock`; no case starts after it. One that is under way is finished.
+        run: measures a case; what it raises is recorded in the case's place.
+        after: told each case, its results and what `run` raised, once they are in the file.
+
+    Returns:
+        The cases that there was no time for.
+    """
+    waiting = [p for p in planned if not record.done(p.name)]
+    for number, case in enumerate(waiting):
+        begin = clock()
+        if begin >= deadline:
+            return waiting[number:]
+        results: list[Result] = []
+        error = None
+        try:
+            results = run(case)
+        except Exception as failure:  # out of memory, or whatever a peer's makers thought of
+            error = one_line(failure)
+        entry = {
+            "results": [result.to_dict() for result in results],
+            "error": error,
+            "seconds": round(clock() - begin, 1),
+        }
+        record.put_case(case.name, entry)
+        after(case, results, error)
+    return []

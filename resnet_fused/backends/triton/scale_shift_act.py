@@ -1,0 +1,97 @@
+"""y = act(x · scale[c] + shift[c] (+ residual)), and the same around x̂, in one pass over memory.
+
+Reads x (and the residual), writes y: 2 (3) passes over an activation, where eager PyTorch's batch
+norm, addition and relu make 2 + 3 + 2. Any layout of ``tiles.py``; arithmetic in float32, rounded
+once. Ioffe and Szegedy, *Batch Normalization* (2015), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton.activation import activate
+from resnet_fused.backends.triton.launch import launch
+from resnet_fused.backends.triton.tiles import affine, normalise, tile_offsets
+
+
+@triton.jit
+def scale_shift_act_kernel(
+    p_x, p_mean, p_var, p_weight, p_bias, p_residual, p_y,
+    rows, channels, pixels, eps, slope,
+    ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Normalises by mean and variance where there are any, then · weight + bias."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    i_r = tl.program_id(0) // blocks
+    i_c = tl.program_id(0) % blocks
+    o_r = i_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mask = (o_r < rows)[:, None] & m_c[None, :]
+    offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
+
+    b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
+    if p_mean is not None:
+        b_x, _ = normalise(b_x, p_mean, p_var, eps, o_c, m_c)
+    b_y = affine(b_x, p_weight, p_bias, o_c, m_c)
+    if p_residual is not None:
+        b_y += tl.load(p_residual + offsets, mask=mask).to(tl.float32)
+    b_y = activate(b_y, slope, ACT)
+    tl.store(p_y + offsets, b_y.to(p_y.dtype.element_ty), mask=mask)
+
+
+def scale_shift_act(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
+    *,
+    output: Tensor | None = None,
+) -> Tensor:
+    """The operator of this name; `output` may be the input itself."""
+    return _run(input, residual, None, None, scale, shift, 0.0, act, negative_slope, output)
+
+
+def normalize_act(
+    input: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    negative_slope: float,
+) -> Tensor:
+    """The operator of this name: y = act(x̂ · weight + bias (+ residual))."""
+    return _run(input, residual, mean, var, weight, bias, eps, act, negative_slope, None)
+
+
+def _run(
+    input: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    slope: float,
+    output: Tensor | None,
+) -> Tensor:
+    x = tiles.dense(input)
+    y = tiles.empty_like(x) if output is None else output
+    if residual is not None:
+        residual = tiles.matching(residual, x)
+    cut = tiles.cut(x)
+    launch(
+        scale_shift_act_kernel, (cut.count,), x,
+        x, mean, var, weight, bias, residual, y, *cut.shape, eps, slope, ACT=act, **cut.meta,
+    )  # fmt: skip
+    return y

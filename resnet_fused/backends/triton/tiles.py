@@ -1,0 +1,134 @@
+"""Per-channel work on (N, C, ...) tensors: which elements a program's tile holds, and its vectors.
+
+A tensor is a matrix of rows (the pixels of all images) by channels. A tile is some rows by some
+channels. In channels_last a row lies in one piece; in contiguous tensors a channel of one image
+does, so tiles there are one channel wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+_TILE = 4096  # elements; with 4 warps each thread has four 16-byte loads of bfloat16 in flight
+_CHANNELS = 128  # of a tile at most; 256 bytes of bfloat16 are whole cache lines
+_PROGRAMS = 512  # of a reduction: fills any chip, and leaves few partial results to combine
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a tensor is cut. Reductions go over `chunk` rows a program, which depend on shape only."""
+
+    rows: int
+    channels: int
+    pixels: int  # of an image
+    channels_last: bool
+    block_r: int
+    block_c: int
+
+    @property
+    def channel_blocks(self) -> int:
+        return triton.cdiv(self.channels, self.block_c)
+
+    @property
+    def count(self) -> int:
+        """Tiles of the whole tensor."""
+        return triton.cdiv(self.rows, self.block_r) * self.channel_blocks
+
+    @property
+    def chunk(self) -> int:
+        """Rows that one program of a reduction adds up: a multiple of the tile's."""
+        wanted = triton.cdiv(self.rows * self.channel_blocks, _PROGRAMS)
+        return max(1, triton.cdiv(wanted, self.block_r)) * self.block_r
+
+    @property
+    def chunks(self) -> int:
+        """Programs of a reduction for each block of channels."""
+        return triton.cdiv(self.rows, self.chunk)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What every kernel takes of it."""
+        return self.rows, self.channels, self.pixels
+
+    @property
+    def meta(self) -> dict[str, int | bool]:
+        """The constants of a kernel."""
+        return {
+            "CHANNELS_LAST": self.channels_last,
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+        }
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy without gaps in the memory format that eager PyTorch keeps."""
+    return tensor.contiguous(memory_format=suggest_memory_format(tensor))
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An output for an operator that keeps its input's memory format."""
+    return torch.empty_like(tensor, memory_format=suggest_memory_format(tensor))
+
+
+def matching(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of `like`, which is dense."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def cut(tensor: Tensor) -> Tiles:
+    """The tiles of a dense tensor."""
+    channels = tensor.shape[1]
+    rows = tensor.numel() // max(channels, 1)
+    pixels = max(rows // max(tensor.shape[0], 1), 1)
+    # A vector of channels without pixels is channels_last too: (N, C).
+    channels_last = pixels == 1 or not tensor.is_contiguous()
+    block_c = min(triton.next_power_of_2(channels), _CHANNELS) if channels_last else 1
+    # Small tensors: no tile larger than half of them.
+    block_r = min(_TILE // block_c, triton.next_power_of_2(max(rows // 2, 1)))
+    return Tiles(rows, channels, pixels, channels_last, block_r, block_c)
+
+
+@triton.jit
+def tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Where the elements of rows `o_r` (int64) and channels `o_c` lie."""
+    if CHANNELS_LAST:
+        return o_r[:, None] * channels + o_c[None, :]
+    else:
+        image = o_r // pixels
+        inside = o_r - image * pixels
+        return (image * channels * pixels + inside)[:, None] + o_c[None, :] * pixels
+
+
+@triton.jit
+def channel_vector(p_vector, o_c, m_c, default: tl.constexpr):
+    """One float32 number for each channel; `default` where there is no vector."""
+    if p_vector is None:
+        return tl.full(o_c.shape, default, tl.float32)
+    else:
+        return tl.load(p_vector + o_c, mask=m_c, other=default).to(tl.float32)
+
+
+@triton.jit
+def normalise(x, p_mean, p_var, eps, o_c, m_c):
+    """x̂ = (x − mean) / √(var + eps), and 1 / √(var + eps)."""
+    mean = channel_vector(p_mean, o_c, m_c, 0.0)
+    rstd = tl.math.rsqrt(channel_vector(p_var, o_c, m_c, 1.0) + eps)
+    return (x - mean[None, :]) * rstd[None, :], rstd
+
+
+@triton.jit
+def affine(x, p_weight, p_bias, o_c, m_c):
+    """x · weight + bias."""
+    if p_weight is not None:
+        x = x * channel_vector(p_weight, o_c, m_c, 1.0)[None, :]
+    if p_bias is not None:
+        x = x + channel_vector(p_bias, o_c, m_c, 0.0)[None, :]
+    return x
