@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused import benchmark
 from resnet_fused.backends.triton import bn_act, conv_bn_act, scale_shift_act
-from resnet_fused.backends.triton.configs import CONFIGS, SHARED_BYTES, Config, candidates
+from resnet_fused.backends.triton.configs import SHARED_BYTES, Config, candidates
 from resnet_fused.conv_choice import ConvProblem
 from resnet_fused.ops.schema import ACTIVATIONS
 
@@ -48,7 +49,6 @@ MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 }  # fmt: skip
-_CACHE = "triton_gate_cache"
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,12 @@ def main() -> int:
 
 def builds() -> Iterator[Build]:
     """Every kernel that can be selected, for every chip that selects it."""
+    seen: list[tuple[int, Launch]] = []
     for case, arch, run, matrix in itertools.chain(norm_cases(), conv_cases()):
         for launch in recorded(run):
-            yield Build(case, launch, arch, matrix and launch.kernel.endswith("conv_kernel"))
+            if (arch, launch) not in seen:
+                seen.append((arch, launch))
+                yield Build(case, launch, arch, matrix and launch.kernel.endswith("conv_kernel"))
 
 
 Case = tuple[str, int, Callable[[], object], bool]
@@ -127,10 +130,11 @@ def norm_cases() -> Iterator[Case]:
     """The batch-norm operators: each activation in bfloat16, relu in every dtype and layout."""
     for arch in ARCHS:
         for act in ACTIVATIONS:
-            yield f"bn {act} bf16 nhwc", arch, lambda a=act: norm_ops(torch.bfloat16, True, a), False
+            run = partial(norm_ops, torch.bfloat16, True, act)
+            yield f"bn {act} bf16 nhwc", arch, run, False
         for dtype, nhwc in itertools.product(_TYPES, (True, False)):
             case = f"bn relu {_TYPES[dtype]} {'nhwc' if nhwc else 'nchw'}"
-            yield case, arch, lambda d=dtype, n=nhwc: norm_ops(d, n, "relu"), False
+            yield case, arch, partial(norm_ops, dtype, nhwc, "relu"), False
 
 
 def norm_ops(dtype: torch.dtype, channels_last: bool, act: str) -> None:
@@ -149,18 +153,19 @@ def conv_cases() -> Iterator[Case]:
     """Evaluation's convolution and training's two: each tile size, dtype and kind of kernel."""
     for arch, (dtype, precision) in itertools.product(ARCHS, precisions()):
         name = "tf32" if precision == "tf32" else _TYPES[dtype]
-        for kernel, stride, groups in ((1, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2)):
+        matrix = precision != "ieee" or dtype != torch.float32
+        for kernel, stride, groups in ((1, 1, 1), (3, 1, 1), (3, 2, 2), (7, 2, 1)):
             problem = ConvProblem(
                 256, 256, (28, 28), 256, (kernel, kernel), (stride, stride),
                 (kernel // 2, kernel // 2), (1, 1), groups,
             )  # fmt: skip
-            for config in candidates(problem, dtype.itemsize, arch):
+            configs = candidates(problem, dtype.itemsize, arch, precision)
+            for config in configs if stride == 1 else configs[:1]:
                 case = f"{kernel}x{kernel} stride {stride} groups {groups} {name} {config.name}"
                 arguments = (problem, config, dtype, precision)
-                matrix = precision != "ieee" or dtype != torch.float32
-                yield f"conv {case}", arch, lambda a=arguments: inference(*a), matrix
-                if stride == groups == 1:
-                    yield f"train {case}", arch, lambda a=arguments: training(*a), matrix
+                yield f"conv {case}", arch, partial(inference, *arguments), matrix
+                if stride == 1 and dtype != torch.float32:
+                    yield f"train {case}", arch, partial(training, *arguments), matrix
 
 
 def precisions() -> Iterator[tuple[torch.dtype, str]]:
@@ -289,17 +294,22 @@ def compile_for(launch: Launch, arch: int) -> Any:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of local memory, by cuobjdump."""
+    """Registers of a thread, and bytes of local memory if the kernel stores any (STL), else 0."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, local = (int(re.findall(rf"\b{key}:(\d+)", text)[-1]) for key in ("REG", "LOCAL"))
-    stack = int(re.findall(r"\bSTACK:(\d+)", text)[-1])
-    return registers, local + stack
+
+        def dump(what: str) -> str:
+            command = [tool, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dump("--dump-resource-usage")
+        registers, local, stack = (
+            int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "LOCAL", "STACK")
+        )
+        spills = local + stack > 0 and re.search(r"\bSTL\b", dump("--dump-sass")) is not None
+    return registers, (local + stack) * spills
 
 
 def narrow_offsets(ttir: str) -> list[str]:
@@ -314,7 +324,7 @@ def narrow_offsets(ttir: str) -> list[str]:
         access = re.search(r"tt\.(?:load|store) (%\w+).*tensor<\d+x\d+x!tt\.ptr", line)
         if access is None:
             continue
-        wide = widened = False
+        wide = False
         pending, seen = [access[1]], set()
         while pending:
             text = defined.get(pending.pop(), "")
@@ -328,7 +338,6 @@ def narrow_offsets(ttir: str) -> list[str]:
     for name, text in defined.items():
         operand = re.match(r"arith\.extsi (%\w+) : tensor", text)
         if operand and defined.get(operand[1], "").startswith("arith.muli"):
-            widened = True
             wrong.append(f"a product of 32 bits is widened: {name}")
     return wrong
 

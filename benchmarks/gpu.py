@@ -98,7 +98,7 @@ class Run:
         """Measure, in the order of value; returns how many cases there was no time for."""
         self.part("ceilings", self.ceilings)
         if not self.args.no_tune:
-            self.part("tuned", lambda: self.tune(planned[:2]))
+            self.part("tuned", lambda: self.tune(planned[:3]))
         left = self.cases(planned[:1])
         self.part("convolutions", lambda: self.table("conv_bn_act"))
         left += self.cases(planned[1:3])
@@ -132,15 +132,18 @@ class Run:
         tuned: list[dict[str, Any]] = []
         for planned_case in planned:
             share = (time.monotonic() - self.begin) / self.args.budget
-            if planned_case.mode == "training" or (tuned and share > _TUNING_SHARE):
-                continue
+            if tuned and share > _TUNING_SHARE:
+                break
             case = planned_case.case()
             images = benchmark.random_images(case.batch_size, case.image_size)
             model: Any = benchmark.prepare_model(benchmark.load_model(case.model), images, case)
-            model = model.to(memory_format=torch.channels_last)
-            images = images.to(_DEVICE, case.data_dtype, memory_format=torch.channels_last)
+            model = model.to(case.torch_dtype, memory_format=torch.channels_last)
+            images = images.to(_DEVICE, case.torch_dtype, memory_format=torch.channels_last)
             with benchmark.ProgressBar() as progress:
-                found = benchmark.tune(model, images, repeats=_TUNE_REPEATS, progress=progress)
+                found = benchmark.tune(
+                    model, images, repeats=_TUNE_REPEATS, progress=progress,
+                    training=case.mode == "training",
+                )  # fmt: skip
             tuned += map(asdict, found)
         return tuned
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from resnet_fused import packing
 from resnet_fused.backends import native_conv, onednn
+from resnet_fused.backends.triton import support
 from resnet_fused.graph.analyse import Candidate, analyse
 from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
+from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.select import native_unusable
 from resnet_fused.parity import error_budget, relative_error
 
@@ -165,14 +167,33 @@ def _backend(model: nn.Module, candidate: Candidate, seen: Mapping[str, Observed
     if tensor is None:
         return "reference"
     passes = "reference" if native_unusable(tensor) else "native"
+    if tensor.is_cuda:
+        passes = "eager PyTorch" if support.unusable(tensor) else "triton"
     if not candidate.pattern.startswith("conv"):
         return passes
+    if tensor.is_cuda and passes == "triton":
+        algorithm = _gpu_algorithm(first, seen.get(candidate.modules[0]))
+        return f"eval: {algorithm}; training: library conv + triton, or what was measured"
     if tensor.device.type == "cpu" and onednn.unusable(tensor.dtype) is None:
         algorithm = _algorithm(first, seen.get(candidate.modules[0]))
         own = native_conv.unusable(tensor.dtype) is None
         block = "by shape in blocks and stems, else " if own else ""
         return f"eval: {algorithm}; training: {block}library conv + {passes}"
     return f"library conv + {passes}"
+
+
+def _gpu_algorithm(conv: nn.Module, observed: Observed | None) -> str:
+    """What runs a convolution in evaluation on a GPU, for the input it was seen with."""
+    if observed is None:
+        return "by shape (explain with an example names it)"
+    assert isinstance(conv, nn.Conv2d)
+    padding = packing.conv_padding(conv)
+    assert padding is not None  # the matcher leaves such convolutions alone
+    data = torch.empty(observed.shape, dtype=observed.dtype, device="meta")
+    chosen = gpu_choice.choose(
+        "inference", data, conv.weight, conv.stride, padding, conv.dilation, conv.groups
+    )
+    return "library conv + one triton pass" if chosen == gpu_choice.LIBRARY else chosen
 
 
 def _algorithm(conv: nn.Module, observed: Observed | None) -> str:

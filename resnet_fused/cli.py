@@ -166,11 +166,11 @@ def _example(name: str, case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
 
 def _tune(args: argparse.Namespace) -> int:
     case = case_of(args, model=args.model)
-    if torch.device(case.device).type != "cpu":
-        raise BenchmarkError(f"tune works on the CPU only so far, got --device {case.device}")
     model, images = _example(args.model, case)
-    with benchmark.ProgressBar() as progress:
-        tuned = benchmark.tune(model.eval(), images, repeats=args.repeats, progress=progress)
+    with benchmark.ProgressBar() as progress, benchmark.tensor_float_32(case.dtype == "tf32"):
+        tuned = benchmark.tune(
+            model.eval(), images, repeats=args.repeats, progress=progress, training=args.training
+        )
     names = sorted({name for t in tuned for name in t.milliseconds})
     if args.json != "-":
         rows = [
@@ -250,6 +250,7 @@ def _parser() -> Parser:
     tune = add("tune", _tune, "time every algorithm for a model's convolutions, keep the fastest")
     tune.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     add_case_arguments(tune, batch_size=16)
+    tune.add_argument("--training", action="store_true", help="tune for training steps (on a GPU)")
     tune.add_argument(
         "--repeats", type=positive, default=15, metavar="N", help="timed calls (default: 15)"
     )

@@ -67,11 +67,16 @@ class ConvProblem:
 
     def key(self, threads: int) -> str:
         """A name for the problem on so many threads, as the cache of measured choices has it."""
+        dtype = "bf16" if self.bf16 else "fp32"
+        return f"{dtype} {self.geometry} threads {threads}"
+
+    @property
+    def geometry(self) -> str:
+        """Its sizes in words, without its dtype."""
         pairs = (self.kernel, self.stride, self.padding, self.dilation)
         shape = "x".join(map(str, (self.batch, self.channels, *self.size, self.out_channels)))
         numbers = " ".join("x".join(map(str, pair)) for pair in pairs)
-        dtype = "bf16" if self.bf16 else "fp32"
-        return f"{dtype} {shape} {numbers} groups {self.groups} threads {threads}"
+        return f"{shape} {numbers} groups {self.groups}"
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -249,24 +254,31 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
         and problem.stride in ((1, 1), (2, 2))
     )
     if problem.stride == (1, 1):
-        rows, columns = (
-            d * (k - 1) - p
-            for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True)
-        )
-        turned = replace(
-            problem,
-            channels=problem.out_channels,
-            out_channels=problem.channels,
-            size=problem.out_size,
-            padding=(rows, columns),
-        )
-        input = _quick(turned, winograd)
+        input = _quick(turned(problem), winograd)
     else:
         input = "direct" if problem.dilation == (1, 1) else LIBRARY
     reach = (d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True))
     if any(p > r for p, r in zip(problem.padding, reach, strict=True)):
         input = LIBRARY
     return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else gemm)
+
+
+def turned(problem: ConvProblem) -> ConvProblem:
+    """The convolution with the kernel turned that gives the input's gradient, for stride 1.
+
+    Its padding is negative where the problem's is larger than the kernel reaches.
+    """
+    rows, columns = (
+        d * (k - 1) - p
+        for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True)
+    )
+    return replace(
+        problem,
+        channels=problem.out_channels,
+        out_channels=problem.channels,
+        size=problem.out_size,
+        padding=(rows, columns),
+    )
 
 
 def _quick(problem: ConvProblem, winograd: bool) -> str:

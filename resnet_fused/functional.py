@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused import checks, fold
 from resnet_fused.backends import reference
 from resnet_fused.ops import autograd as _autograd  # noqa: F401  (registers the formulas)
+from resnet_fused.ops import gpu as _gpu  # noqa: F401  (registers the CUDA kernels)
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.select import uses_reference
 

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 try:
     import fcntl
 except ImportError:  # Windows: the last writer wins there
@@ -38,10 +36,19 @@ def path() -> Path:
     """Where the file is, or would be.
 
     Raises:
-        OSError: no directory is known (no home directory and no RESNET_FUSED_CACHE_DIR).
+        OSError: no directory is known (no RESNET_FUSED_CACHE_DIR, and no home directory or no
+            platformdirs, which would know the platform's).
     """
     named = os.environ.get("RESNET_FUSED_CACHE_DIR")
-    directory = Path(named) if named else Path(platformdirs.user_cache_dir("resnet_fused"))
+    if not named:
+        try:
+            import platformdirs
+        except ImportError as error:
+            raise FileNotFoundError(
+                "no cache directory: set RESNET_FUSED_CACHE_DIR, or install platformdirs"
+            ) from error
+        named = platformdirs.user_cache_dir("resnet_fused")
+    directory = Path(named)
     if not directory.is_absolute():
         raise OSError(f"the cache directory must be an absolute path, got {str(directory)!r}")
     return directory / _FILE

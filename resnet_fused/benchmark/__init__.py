@@ -1,10 +1,11 @@
 """Fair measurements of a model against its peers, with parity checked in the same run."""
 
-from .algorithms import Tuned, tune
+from .algorithms import tune
 from .case import BenchmarkError, Case, Mode, Result, check_device, out_of_memory
 from .environment import backends, environment
 from .inputs import photographs, random_images
 from .load import LoadError, import_torchvision, load_model
+from .measure import tensor_float_32
 from .peers import VARIANTS, parse_peers
 from .plot import write_plot
 from .prepare import is_untrained, prepare_model, randomise_batch_norm
@@ -18,6 +19,7 @@ from .report import (
     write_atomically,
 )
 from .run import Progress, run_case
+from .tuned import Tuned
 
 __all__ = [
     "VARIANTS",
@@ -47,6 +49,7 @@ __all__ = [
     "random_images",
     "randomise_batch_norm",
     "run_case",
+    "tensor_float_32",
     "tune",
     "write_atomically",
     "write_plot",

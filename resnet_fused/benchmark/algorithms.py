@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,21 +11,13 @@ from torch import Tensor, nn
 from resnet_fused import conv_choice, packing, policy, tuning_cache
 from resnet_fused.graph.observe import conv_inputs
 
+from . import gpu_algorithms
+from .case import BenchmarkError
 from .measure import interleave
+from .tuned import Tuned
 
 _COLD_BYTES = 128 << 20  # copies of the weights that are gone through: more than a cache holds
 _MOST_COPIES = 64
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """One convolution's shape, and what each algorithm took."""
-
-    problem: str
-    layers: tuple[str, ...]
-    expected: str  # by the cost model
-    chosen: str
-    milliseconds: dict[str, float]
 
 
 def tune(
@@ -35,21 +26,30 @@ def tune(
     *,
     repeats: int,
     progress: Callable[[int, int, str], None],
+    training: bool = False,
 ) -> list[Tuned]:
     """Time every algorithm for every distinct convolution of a model, and keep the fastest.
 
-    In turns, with cold weights: each call reads another copy of them, as a layer of a network
-    finds its weights in memory and not in a cache. The choices go to the cache file and hold from
-    now on.
+    On a GPU :func:`.gpu_algorithms.tune` does it. On the CPU they run in turns, with cold weights:
+    each call reads another copy of them, as a layer of a network finds its weights in memory and
+    not in a cache. The choices go to the cache file and hold from now on.
 
     Args:
         model: fused or not; it is copied.
         images: what its forward takes, in the dtype and layout to tune for.
         repeats: timed calls of each algorithm.
+        training: of a training step; on a GPU only.
 
     Raises:
+        BenchmarkError: `training` on the CPU, where nothing is tuned for it.
         OSError: the choices cannot be written.
     """
+    if images.is_cuda:
+        return gpu_algorithms.tune(
+            model, images, repeats=repeats, progress=progress, training=training
+        )
+    if training:
+        raise BenchmarkError("on the CPU training's algorithms are chosen by their cost, not timed")
     problems: dict[conv_choice.ConvProblem, list[tuple[str, nn.Conv2d]]] = {}
     modules = dict(model.named_modules())
     for name, seen in conv_inputs(model, [images]).items():

@@ -98,15 +98,16 @@ def update_all_running_statistics(
     """
     momentum = norms[0].momentum
     counters = [bn._buffers["num_batches_tracked"] for bn in norms]
-    running = [t for bn in norms for t in (bn._buffers["running_mean"], bn._buffers["running_var"])]
+    running = [bn._buffers[name] for bn in norms for name in ("running_mean", "running_var")]
+    kind = statistics[0].device.type
     alike = (
-        native.available
+        (native.available if kind == "cpu" else kind == "cuda")
         and momentum is not None
         and torch._C._current_graph_task_id() == -1
         and len(set(map(id, norms))) == len(norms)
-        and all(c is not None and c.is_cpu for c in counters)
+        and all(c is not None and c.device.type == kind for c in counters)
         and all(
-            r is not None and r.is_cpu and r.dtype == b.dtype and r.is_contiguous()
+            r is not None and r.device == b.device and r.dtype == b.dtype and r.is_contiguous()
             for r, b in zip(running, statistics, strict=True)
         )
         and all(bn.training and bn.track_running_stats and bn.momentum == momentum for bn in norms)
@@ -116,11 +117,29 @@ def update_all_running_statistics(
             update_running_statistics(bn, statistics[2 * i], statistics[2 * i + 1], counts[i])
         return
     factors = [f for n in counts for f in (1.0, n / max(n - 1, 1))]
+    if kind == "cuda":
+        _update_by_few_launches(running, counters, statistics, factors, momentum)
+        return
     torch.ops.resnet_fused._update_running_statistics(
         running, counters, statistics, factors, momentum
     )
     changed = [t for t in (*running, *counters) if t is not None]
     torch.autograd.graph.increment_version(changed)  # compiled operators don't
+
+
+@torch.no_grad()
+def _update_by_few_launches(
+    running: Any,
+    counters: Any,
+    statistics: Sequence[Tensor],
+    factors: Sequence[float],
+    momentum: Any,
+) -> None:
+    """For a GPU: a launch for all vectors together instead of five for each batch norm."""
+    batch: Any = torch._foreach_mul(list(statistics), [momentum * f for f in factors])
+    torch._foreach_mul_(running, 1 - momentum)
+    torch._foreach_add_(running, batch)
+    torch._foreach_add_(counters, 1)
 
 
 def affine(bn: nn.BatchNorm2d, input: Tensor) -> tuple[Tensor | None, Tensor | None]:

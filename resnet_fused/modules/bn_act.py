@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resnet_fused import fold
 from resnet_fused.backends import reference
+from resnet_fused.backends.triton import support
 from resnet_fused.checks import DTYPES
 from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import (
@@ -107,6 +108,9 @@ class BNAct:
 
 
 def _plain(input: Tensor) -> bool:
+    """Whether a kernel takes it; on a GPU PyTorch's own modules are faster than plain formulas."""
+    if support.on_gpu(input) and support.unusable(input) is not None:
+        return False
     return input.dtype in DTYPES and input.layout == torch.strided
 
 

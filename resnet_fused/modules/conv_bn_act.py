@@ -14,12 +14,18 @@ from torch import Tensor, nn
 
 from resnet_fused import fold
 from resnet_fused.backends import onednn
+from resnet_fused.backends.triton import support
+from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import uses_batch_statistics
 from resnet_fused.modules.bn_act import BNAct
 from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size, is_channels_last, statistics_dtype
-from resnet_fused.packing import PackedConv, conv_padding
+from resnet_fused.packing import PackedConv, conv_padding, statistics_and_affine
+
+FoldedVectors = tuple[Tensor, Tensor | None, Tensor | None]
+"""A convolution's weight, and scale and shift of what follows it."""
 
 
 @dataclass(slots=True)
@@ -27,12 +33,13 @@ class ConvBNAct:
     """conv → BN or none → (+ residual) → activation, for any device, dtype and mode.
 
     Equivalent to ``act(bn(conv(input)) + residual)``. Chosen at each call: folded weights in one
-    primitive (fixed statistics, no gradient, on a CPU), one operator (the same inside
+    primitive (fixed statistics, no gradient, on a CPU), one operator (the same on a GPU and inside
     torch.compile), or the library's convolution followed by one fused :class:`BNAct`.
     """
 
     after: BNAct
     packed: PackedConv = field(default_factory=PackedConv, compare=False)
+    folded: Kept[FoldedVectors] = field(default_factory=Kept, compare=False)
 
     def __call__(
         self,
@@ -64,10 +71,8 @@ class ConvBNAct:
             return None
         if torch.is_grad_enabled() and any_requires_grad(input, conv, bn, residual):
             return None
-        if torch.compiler.is_compiling():
-            data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
-            fits = sound(data, weight, bias, conv, residual)
-            return self._traceable(data, weight, bias, conv, bn, residual) if fits else None
+        if support.on_gpu(input) or torch.compiler.is_compiling():
+            return self._operator(input, conv, bn, residual)
         data = input
         if torch.is_autocast_enabled("cpu"):
             (data,) = cast_for_autocast(input.device, input)
@@ -81,29 +86,59 @@ class ConvBNAct:
         options = (self.after.act, self.after.negative_slope)
         return self.packed(data, conv, bn, residual, *options)
 
-    def _traceable(
+    def _operator(
         self,
         input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         conv: nn.Conv2d,
         bn: nn.BatchNorm2d | None,
         residual: Tensor | None,
-    ) -> Tensor:
-        dtype = statistics_dtype(input.dtype)
-        if bn is None:
-            scale, shift = None, None if bias is None else bias.to(dtype)
+    ) -> Tensor | None:
+        data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
+        if not sound(data, weight, bias, conv, residual):
+            return None
+        padding = conv_padding(conv)
+        assert padding is not None  # the matcher leaves such convolutions alone
+        options = (list(conv.stride), padding, list(conv.dilation), conv.groups)
+        act = self.after.act
+        if torch.compiler.is_compiling():
+            scale, shift = vectors_of(conv, bn, statistics_dtype(data.dtype))
+        elif support.unusable(data) is not None:
+            return None  # eager PyTorch's own kernels are faster than the plain formula
         else:
-            assert bn.running_mean is not None and bn.running_var is not None
-            scale, shift = fold.scale_and_shift(
-                bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-                conv_bias=conv.bias, dtype=dtype,
-            )  # fmt: skip
+            chosen = gpu_choice.choose("inference", data, weight, *options)
+            into_weight = chosen == gpu_choice.CUDNN and act == "relu"
+            weight, scale, shift = self.folded.get(
+                (data.dtype, None if bn is None else bn.eps, into_weight),
+                (conv.weight, conv.bias, *statistics_and_affine(bn)),
+                lambda: fold_for_gpu(conv, bn, data.dtype, into_weight),
+            )
         return torch.ops.resnet_fused.conv_bn_act(
-            input, weight, scale, shift, residual,
-            conv.stride, conv_padding(conv), conv.dilation, conv.groups,
-            self.after.act, self.after.negative_slope,
-        )  # fmt: skip
+            data, weight, scale, shift, residual, *options, act, self.after.negative_slope
+        )
+
+
+def vectors_of(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of what follows a convolution without its bias."""
+    if bn is None:
+        return None, None if conv.bias is None else conv.bias.to(dtype)
+    assert bn.running_mean is not None and bn.running_var is not None
+    return fold.scale_and_shift(
+        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+        conv_bias=conv.bias, dtype=dtype,
+    )  # fmt: skip
+
+
+def fold_for_gpu(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype, into_weight: bool
+) -> FoldedVectors:
+    """Weight, scale and shift as the operator takes them; `into_weight` leaves no scale."""
+    weight, vectors = conv.weight, statistics_dtype(dtype)
+    scale, shift = vectors_of(conv, bn, vectors)
+    if into_weight and scale is not None:
+        weight, scale = weight.to(vectors) * scale[:, None, None, None], None
+    return weight.to(dtype), scale, shift
 
 
 def any_requires_grad(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused import policy
 from resnet_fused.backends.native_conv import Wired
+from resnet_fused.backends.triton import support
 from resnet_fused.checks import DTYPES
 from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import (
@@ -76,6 +77,8 @@ class Training:
     ) -> TrainBlock | None:
         """What runs; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
+            return None
+        if support.on_gpu(data) and support.unusable(data) is not None:
             return None
         # Autocast would cast the parameters; what needs them so does it itself.
         kind = data.device.type

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from resnet_fused.backends import native
+from resnet_fused.backends.triton import support
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
 
 
 def uses_reference(backend: str, input: Tensor) -> bool:
@@ -18,10 +19,10 @@ def uses_reference(backend: str, input: Tensor) -> bool:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "native":
-        reason = native_unusable(input)
-        if reason is not None:
-            raise RuntimeError(f"backend: 'native' cannot run this: {reason}")
+    unusable = {"native": native_unusable, "triton": support.unusable}.get(backend)
+    reason = unusable and unusable(input)
+    if reason:
+        raise RuntimeError(f"backend: {backend!r} cannot run this: {reason}")
     return backend == "reference"
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from resnet_fused import conv_choice, policy
 from resnet_fused.backends import native_conv, onednn
+from resnet_fused.backends.triton import support
 from resnet_fused.conv_choice import LIBRARY, TrainingAlgorithms
+from resnet_fused.ops import gpu_choice, gpu_train
 from resnet_fused.ops.schema import is_channels_last
 
 _ops = torch.ops.resnet_fused
@@ -167,6 +169,8 @@ def tensor_of(source: Source) -> Tensor:
 
 def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
+    if support.on_gpu(x) and is_channels_last(x):
+        return gpu_choice.choose_training(x, conv.weight, conv[2:6])
     if not x.is_cpu or not is_channels_last(x):
         return _ALL_LIBRARY
     if conv.algorithms is not None:
@@ -219,6 +223,8 @@ def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
             conv.stride, conv.padding, conv.dilation, conv.groups,
         )  # fmt: skip
         return z, *_ops.batch_statistics(z)
+    if support.on_gpu(data):
+        return gpu_train.forward(data, source, conv, algorithm)
     parameters = conv.parameters(torch.float32)
     return _ops._train_conv(data, *_before(source), *parameters, conv.geometry, algorithm)
 
@@ -237,16 +243,26 @@ def backward(
     Third comes what :meth:`Normalised.sums` would give for a source that is one and that gradient;
     None where it was not computed on the way.
     """
-    chosen = choose(data_of(source), conv)
-    own_input = needs_input and chosen.input != LIBRARY
+    data = data_of(source)
+    chosen = choose(data, conv)
+    grad_input = grad_weight = sums = None
+    if support.on_gpu(data):
+        gradient = _computed(gradient)
+        if needs_input and chosen.input != LIBRARY and isinstance(source, Normalised):
+            grad_input, *both = gpu_train.backward_input(
+                gradient, source, conv, residual, chosen.input
+            )
+            sums = Sums(*both)
+    own_input = needs_input and not support.on_gpu(data) and chosen.input != LIBRARY
     own_weight = needs_weight and chosen.weight != LIBRARY
-    library = (needs_input and not own_input, needs_weight and not own_weight)
+    library = (
+        needs_input and not own_input and grad_input is None, needs_weight and not own_weight
+    )  # fmt: skip
     if any(library):
         gradient = _computed(gradient)
-    grad_input = grad_weight = sums = None
     if own_input or own_weight:
         grad_input, grad_weight, *both = _ops._train_conv_backward(
-            *_behind(gradient), data_of(source), *_before(source),
+            *_behind(gradient), data, *_before(source),
             conv.parameters(torch.float32)[0], conv.geometry, residual if own_input else None,
             chosen.input if own_input else "none", chosen.weight if own_weight else "none",
         )  # fmt: skip

@@ -103,7 +103,7 @@ def combine_statistics_kernel(
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """The operator of this name."""
     x = tiles.dense(input)
-    cut = tiles.cut(x)
+    cut = tiles.cut(x, reduces=True)
     mean, square = partial_table(x, cut.chunks, cut.channels)
     launch(
         partial_statistics_kernel, (cut.chunks, cut.channel_blocks), x,

@@ -23,7 +23,7 @@ from resnet_fused.backends.triton.activation import activate_backward
 from resnet_fused.backends.triton.batch_statistics import batch_statistics, partial_table
 from resnet_fused.backends.triton.launch import launch
 from resnet_fused.backends.triton.scale_shift_act import normalize_act
-from resnet_fused.backends.triton.tiles import affine, channel_vector, normalise, tile_offsets
+from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, tile_offsets
 
 _SUMMED = 16  # channels whose partial sums one program adds up
 _SUMMED_ROWS = 256  # of them at once
@@ -42,6 +42,7 @@ def partial_sums_kernel(
     m_c = o_c < channels
     begin = i_chunk * chunk
     end = tl.minimum(begin + chunk, rows)
+    mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     products = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(begin, end, BLOCK_R):
@@ -50,11 +51,11 @@ def partial_sums_kernel(
         offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
         b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_xhat, _ = normalise(b_x, p_mean, p_var, eps, o_c, m_c)
+        b_xhat = (b_x - mean[None, :]) * rstd[None, :]
         if p_output is not None:
             argument = tl.load(p_output + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
-            argument = affine(b_xhat, p_weight, p_bias, o_c, m_c)
+            argument = b_xhat * weight[None, :] + bias[None, :]
             if p_residual is not None:
                 argument += tl.load(p_residual + offsets, mask=mask, other=0.0).to(tl.float32)
         b_grad = activate_backward(b_grad, argument, slope, ACT)
@@ -108,12 +109,13 @@ def grad_input_kernel(
 
     b_grad = tl.load(p_grad + offsets, mask=mask).to(tl.float32)
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
-    b_xhat, rstd = normalise(b_x, p_mean, p_var, eps, o_c, m_c)
-    argument = affine(b_xhat, p_weight, p_bias, o_c, m_c)
+    mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
+    b_xhat = (b_x - mean[None, :]) * rstd[None, :]
+    argument = b_xhat * weight[None, :] + bias[None, :]
     b_grad = activate_backward(b_grad, argument, slope, ACT)
     mean_product = channel_vector(p_product, o_c, m_c, 0.0) / count
     mean_grad = channel_vector(p_sum, o_c, m_c, 0.0) / count
-    scale = rstd * channel_vector(p_weight, o_c, m_c, 1.0)
+    scale = rstd * weight
     b_dx = (b_grad - mean_grad[None, :] - b_xhat * mean_product[None, :]) * scale[None, :]
     tl.store(p_grad_input + offsets, b_dx.to(p_grad_input.dtype.element_ty), mask=mask)
 
@@ -181,7 +183,7 @@ def bn_act_backward_sums(
     grad = tiles.matching(grad_output, x)
     residual, output = (None if t is None else tiles.matching(t, x) for t in (residual, output))
     grad_residual = tiles.empty_like(x) if has_residual else x.new_empty(0)
-    cut = tiles.cut(x)
+    cut = tiles.cut(x, reduces=True)
     product, sums = partial_table(x, cut.chunks, cut.channels)
     launch(
         partial_sums_kernel, (cut.chunks, cut.channel_blocks), x,

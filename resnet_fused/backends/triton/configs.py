@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resnet_fused.conv_choice import ConvProblem
 
@@ -18,7 +18,7 @@ TMA_BYTES = 16
 
 @dataclass(frozen=True)
 class Config:
-    """BLOCK_M pixels by BLOCK_N outputs, BLOCK_K products at once; of 4-byte numbers half as many."""
+    """BLOCK_M pixels by BLOCK_N outputs, BLOCK_K products at once (half as many of 4 bytes)."""
 
     block_m: int
     block_n: int
@@ -44,23 +44,32 @@ class Config:
 
 _TILES = (
     Config(128, 128, 64, 8, 3),
-    Config(128, 256, 64, 8, 3),  # few re-reads: long sums, many outputs
-    Config(256, 64, 64, 8, 3),
-    Config(128, 64, 64, 4, 3),  # ResNet's first stage has 64 channels
-    Config(64, 128, 64, 4, 4),
+    Config(256, 64, 64, 8, 3),  # ResNet's first stage has 64 channels
+    Config(128, 64, 64, 8, 3),
+    Config(64, 128, 64, 8, 4),
     Config(64, 64, 64, 4, 4),  # small images: more programs
-    Config(32, 64, 64, 4, 5),  # batch 1
+    Config(64, 32, 64, 4, 5),  # batch 1
     Config(128, 32, 32, 4, 4),  # narrow groups, few channels
 )
-CONFIGS = (*_TILES, *(Config(c.block_m, c.block_n, c.block_k, c.warps, c.stages, True)
-                      for c in _TILES[:6]))  # fmt: skip
+CONFIGS = (*_TILES, *(replace(tile, tma=True) for tile in _TILES[:5]))
 """Every one that can be selected; the tests compile them all."""
 
 BY_NAME = {config.name: config for config in CONFIGS}
 
 
-def candidates(problem: ConvProblem, itemsize: int, arch: int) -> tuple[Config, ...]:
-    """The tile sizes worth timing: those that fit the chip and are not mostly padding."""
+_MOST_FMA = 64 * 64
+"""Sums of a tile without matrix instructions; more of them do not fit the registers."""
+
+
+def candidates(
+    problem: ConvProblem, itemsize: int, arch: int, precision: str
+) -> tuple[Config, ...]:
+    """The tile sizes worth timing: those that fit the chip and are not mostly padding.
+
+    Args:
+        precision: of float32 products, "ieee" or "tf32".
+    """
+    fma = itemsize == 4 and precision == "ieee"
     outputs = problem.out_channels // problem.groups
     height, width = problem.out_size
     pixels = problem.batch * height * width
@@ -69,6 +78,7 @@ def candidates(problem: ConvProblem, itemsize: int, arch: int) -> tuple[Config, 
         c
         for c in CONFIGS
         if c.shared_bytes(itemsize) <= limit
+        and not (fma and (c.tma or c.block_m * c.block_n > _MOST_FMA))
         and (c.block_n <= 32 or c.block_n < 2 * outputs)
         and (c.block_m <= 64 or c.block_m < 2 * pixels)
         and (not c.tma or (arch >= _TMA_ARCH and takes_tma(problem, itemsize)))

@@ -23,9 +23,6 @@ from resnet_fused.backends.triton.conv_kernel import conv_kernel
 from resnet_fused.backends.triton.launch import launch
 from resnet_fused.ops.schema import conv_output_size
 
-MOST_PIXELS = 2**31 - 1
-"""Output pixels (N · H · W) that the kernel can count; offsets of elements have 64 bits."""
-
 
 class Norm(NamedTuple):
     """act(bn(z)) with known statistics, as the kernels take it."""

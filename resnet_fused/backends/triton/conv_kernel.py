@@ -29,7 +29,7 @@ import triton.language as tl
 
 from resnet_fused.backends.triton.activation import activate, activate_backward
 from resnet_fused.backends.triton.batch_statistics import combine_tile
-from resnet_fused.backends.triton.tiles import affine, channel_vector, normalise
+from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors
 
 
 @triton.jit
@@ -95,11 +95,10 @@ def conv_kernel(
             b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
         if BEFORE is not None:
             o_c = first_channel + o_k
-            mean = channel_vector(p_before_mean, o_c, m_k, 0.0)
-            rstd = tl.math.rsqrt(channel_vector(p_before_var, o_c, m_k, 1.0) + eps_before)
-            scale = rstd * channel_vector(p_before_weight, o_c, m_k, 1.0)
-            b_a = (b_x.to(tl.float32) - mean[None, :]) * scale[None, :]
-            b_a += channel_vector(p_before_bias, o_c, m_k, 0.0)[None, :]
+            mean, rstd, weight, bias = norm_vectors(
+                p_before_mean, p_before_var, p_before_weight, p_before_bias, eps_before, o_c, m_k
+            )
+            b_a = (b_x.to(tl.float32) - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
             b_a = activate(b_a, slope, BEFORE)
             if TMA:
                 m_x = m_m[:, None] & m_k[None, :]
@@ -108,9 +107,9 @@ def conv_kernel(
 
     mask = m_m[:, None] & m_n[None, :]
     offsets = o_m.to(tl.int64)[:, None] * out_channels + outputs[None, :]
-    if BEHIND == "affine":
-        acc = affine(acc, p_scale, p_shift, outputs, m_n)
-    elif p_shift is not None:
+    if p_scale is not None:
+        acc *= channel_vector(p_scale, outputs, m_n, 1.0)[None, :]
+    if p_shift is not None:
         acc += channel_vector(p_shift, outputs, m_n, 0.0)[None, :]
     if p_residual is not None:
         acc += tl.load(p_residual + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -128,8 +127,9 @@ def conv_kernel(
         tl.store(p_second + row, square, mask=m_n)
     if BEHIND == "gradient":
         b_z = tl.load(p_z + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_xhat, _ = normalise(b_z, p_mean, p_var, eps, outputs, m_n)
-        argument = affine(b_xhat, p_weight, p_bias, outputs, m_n)
+        mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, outputs, m_n)
+        b_xhat = (b_z - mean[None, :]) * rstd[None, :]
+        argument = b_xhat * weight[None, :] + bias[None, :]
         b_grad = activate_backward(b_y.to(tl.float32), argument, slope, ACT)
         tl.store(p_first + row, tl.sum(tl.where(mask, b_grad * b_xhat, 0.0), 0), mask=m_n)
         tl.store(p_second + row, tl.sum(tl.where(mask, b_grad, 0.0), 0), mask=m_n)

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.activation import activate
 from resnet_fused.backends.triton.launch import launch
-from resnet_fused.backends.triton.tiles import affine, normalise, tile_offsets
+from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, tile_offsets
 
 
 @triton.jit
@@ -36,8 +36,11 @@ def scale_shift_act_kernel(
 
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
     if p_mean is not None:
-        b_x, _ = normalise(b_x, p_mean, p_var, eps, o_c, m_c)
-    b_y = affine(b_x, p_weight, p_bias, o_c, m_c)
+        mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
+        b_y = (b_x - mean[None, :]) * rstd[None, :] * weight[None, :] + bias[None, :]
+    else:
+        weight = channel_vector(p_weight, o_c, m_c, 1.0)
+        b_y = b_x * weight[None, :] + channel_vector(p_bias, o_c, m_c, 0.0)[None, :]
     if p_residual is not None:
         b_y += tl.load(p_residual + offsets, mask=mask).to(tl.float32)
     b_y = activate(b_y, slope, ACT)

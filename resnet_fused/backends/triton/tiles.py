@@ -16,13 +16,14 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 _TILE = 4096  # elements; with 4 warps each thread has four 16-byte loads of bfloat16 in flight
-_CHANNELS = 128  # of a tile at most; 256 bytes of bfloat16 are whole cache lines
-_PROGRAMS = 512  # of a reduction: fills any chip, and leaves few partial results to combine
+_SMALL_TILE = 1024  # where each element has two sums, or its place is computed
+_CHANNELS = 64  # of a tile at most; 128 bytes of bfloat16 are a cache line
+_PROGRAMS = 1024  # of a reduction: fills any chip, and leaves few partial results to combine
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a tensor is cut. Reductions go over `chunk` rows a program, which depend on shape only."""
+    """How a tensor is cut, which depends on its shape only."""
 
     rows: int
     channels: int
@@ -83,8 +84,12 @@ def matching(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
-def cut(tensor: Tensor) -> Tiles:
-    """The tiles of a dense tensor."""
+def cut(tensor: Tensor, *, reduces: bool = False) -> Tiles:
+    """The tiles of a dense tensor.
+
+    Args:
+        reduces: for a kernel that keeps sums for each place of a tile.
+    """
     channels = tensor.shape[1]
     rows = tensor.numel() // max(channels, 1)
     pixels = max(rows // max(tensor.shape[0], 1), 1)
@@ -92,7 +97,8 @@ def cut(tensor: Tensor) -> Tiles:
     channels_last = pixels == 1 or not tensor.is_contiguous()
     block_c = min(triton.next_power_of_2(channels), _CHANNELS) if channels_last else 1
     # Small tensors: no tile larger than half of them.
-    block_r = min(_TILE // block_c, triton.next_power_of_2(max(rows // 2, 1)))
+    tile = _TILE if channels_last and not reduces else _SMALL_TILE
+    block_r = min(tile // block_c, triton.next_power_of_2(max(rows // 2, 1)))
     return Tiles(rows, channels, pixels, channels_last, block_r, block_c)
 
 
@@ -117,18 +123,9 @@ def channel_vector(p_vector, o_c, m_c, default: tl.constexpr):
 
 
 @triton.jit
-def normalise(x, p_mean, p_var, eps, o_c, m_c):
-    """x̂ = (x − mean) / √(var + eps), and 1 / √(var + eps)."""
+def norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c):
+    """Mean, 1 / √(var + eps), weight and bias of a batch norm."""
     mean = channel_vector(p_mean, o_c, m_c, 0.0)
     rstd = tl.math.rsqrt(channel_vector(p_var, o_c, m_c, 1.0) + eps)
-    return (x - mean[None, :]) * rstd[None, :], rstd
-
-
-@triton.jit
-def affine(x, p_weight, p_bias, o_c, m_c):
-    """x · weight + bias."""
-    if p_weight is not None:
-        x = x * channel_vector(p_weight, o_c, m_c, 1.0)[None, :]
-    if p_bias is not None:
-        x = x + channel_vector(p_bias, o_c, m_c, 0.0)[None, :]
-    return x
+    weight = channel_vector(p_weight, o_c, m_c, 1.0)
+    return mean, rstd, weight, channel_vector(p_bias, o_c, m_c, 0.0)

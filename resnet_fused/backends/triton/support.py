@@ -1,0 +1,56 @@
+"""Whether Triton kernels can run on a tensor. Triton itself is not imported here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_LEAST_ARCH = 80  # bfloat16 and TF32 matrix instructions, asynchronous copies
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there are no Triton kernels in this process, or None."""
+    if os.environ.get("RESNET_FUSED_NO_TRITON") == "1":
+        return "switched off by RESNET_FUSED_NO_TRITON=1"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is where these kernels are meant for. A test puts Triton's interpreter in
+    the GPU's place here.
+    """
+    return tensor.is_cuda
+
+
+def unusable(input: Tensor) -> str | None:
+    """Why Triton kernels cannot take this input, or None if they can."""
+    if not on_gpu(input):
+        return f"Triton kernels run on cuda, the input is on {input.device}"
+    if input.dtype not in DTYPES:
+        return f"Triton kernels have no {input.dtype}"
+    return missing() or _unsupported(input.get_device())
+
+
+@functools.cache
+def architecture(device: int) -> int:
+    """Compute capability as one number: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _unsupported(device: int) -> str | None:
+    if torch.version.cuda is None:
+        return "Triton kernels are made for NVIDIA GPUs"
+    if architecture(device) < _LEAST_ARCH:
+        return f"Triton kernels need compute capability 8.0, device {device} has less"
+    return None

@@ -1,0 +1,139 @@
+"""What runs a convolution on a GPU: PyTorch's own and one fused pass, or a kernel that was faster.
+
+The default everywhere is :data:`LIBRARY`: the convolution that eager PyTorch would call, then
+scale, shift, residual and activation in one pass over its output, which replaces two to four: it
+cannot be slower than eager PyTorch. Anything else runs only for a problem for which it was measured
+to be faster on this GPU with these versions (``python -m resnet_fused tune --device cuda``).
+Nothing is ever timed while a model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from resnet_fused import tuning_cache
+from resnet_fused.backends.triton import configs, support
+from resnet_fused.conv_choice import LIBRARY, ConvProblem, TrainingAlgorithms, turned
+
+CUDNN = "cudnn"
+"""cuDNN's convolution with bias, residual and relu, of weights that batch norm was folded into."""
+
+Kind = Literal["inference", "train_output", "train_input"]
+
+MOST_PIXELS = 2**31 - 1
+"""Output pixels (N · H · W) that a kernel can count; offsets of elements have 64 bits."""
+
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def conv_problem(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The convolution of an input of this shape with a weight of the shape `kernel`."""
+    return ConvProblem(
+        shape[0], shape[1], (shape[2], shape[3]), kernel[0], (kernel[2], kernel[3]),
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups,
+    )  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How convolutions multiply numbers by torch's switches: "tf32" or "ieee" (as they are)."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    tf32 = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
+    """Everything that may run a problem on a GPU of compute capability `arch`."""
+    names = [LIBRARY, CUDNN] if kind == "inference" else [LIBRARY]
+    height, width = problem.out_size
+    if problem.batch * height * width > MOST_PIXELS:
+        return tuple(names)
+    if kind != "inference" and dtype == torch.float32:  # the epilogues' registers do not suffice
+        return tuple(names)
+    if kind == "train_input":
+        if problem.stride != (1, 1) or problem.groups > 1:
+            return tuple(names)
+        problem = turned(problem)
+        if min(problem.padding) < 0:
+            return tuple(names)
+    found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))
+    return *names, *(config.name for config in found)
+
+
+def key(kind: Kind, problem: ConvProblem, dtype: torch.dtype) -> str:
+    """A problem's name in the cache of measured choices."""
+    name = "tf32" if precision(dtype) == "tf32" else _NAMES[dtype]
+    return f"{kind} {name} {problem.geometry}"
+
+
+def choose(
+    kind: Kind,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    """:data:`LIBRARY`, :data:`CUDNN` or the name of a Triton kernel's tiles.
+
+    Args:
+        input: of which only shape and dtype are read.
+    """
+    device = weight.get_device()
+    if not _measured(device):
+        return LIBRARY
+    if not all(type(n) is int for n in input.shape):  # symbols: torch.compile, dynamic shapes
+        return LIBRARY
+    problem = conv_problem(input.shape, weight.shape, stride, padding, dilation, groups)
+    return _chosen(kind, problem, input.dtype, precision(input.dtype), device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(
+    kind: Kind, problem: ConvProblem, dtype: torch.dtype, precision: str, device: int
+) -> str:
+    name = _measured(device).get(key(kind, problem, dtype), LIBRARY)
+    allowed = admitted(kind, problem, dtype, support.architecture(device))
+    return name if name in allowed else LIBRARY
+
+
+def choose_training(input: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> TrainingAlgorithms:
+    """What computes a convolution in training, its input's and its weight's gradient."""
+    if support.unusable(input) is not None:
+        return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+    return TrainingAlgorithms(
+        choose("train_output", input, weight, *geometry),
+        choose("train_input", input, weight, *geometry),
+        LIBRARY,
+    )
+
+
+@functools.cache
+def machine(device: int) -> str:
+    """What a measured choice holds for: the GPU and the versions of all that runs on it."""
+    properties = torch.cuda.get_device_properties(device)
+    versions = f"torch {torch.__version__}, cudnn {torch.backends.cudnn.version()}"
+    return f"{properties.name}, sm_{support.architecture(device)}, {versions}"[:200]
+
+
+@functools.cache
+def _measured(device: int) -> dict[str, str]:
+    return tuning_cache.read(machine(device))
+
+
+def forget_measured() -> None:
+    """Read the measured choices again."""
+    _measured.cache_clear()
+    _chosen.cache_clear()
