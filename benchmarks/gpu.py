@@ -130,11 +130,9 @@ class Run:
     def tune(self, planned: list[Planned]) -> list[dict[str, Any]]:
         """Choose the fastest algorithms for these cases, the first in any case."""
         tuned: list[dict[str, Any]] = []
-        for planned_case in planned:
-            share = (time.monotonic() - self.begin) / self.args.budget
-            if tuned and share > _TUNING_SHARE:
+        for case in dict.fromkeys(p.case() for p in planned):
+            if tuned and (time.monotonic() - self.begin) / self.args.budget > _TUNING_SHARE:
                 break
-            case = planned_case.case()
             images = benchmark.random_images(case.batch_size, case.image_size)
             model: Any = benchmark.prepare_model(benchmark.load_model(case.model), images, case)
             model = model.to(case.torch_dtype, memory_format=torch.channels_last)

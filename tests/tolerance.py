@@ -43,7 +43,7 @@ def relative_error(actual: Tensor, reference: Tensor, scale: float | None = None
 
 def _special(tensor: Tensor) -> Tensor:
     """1 where NaN, 2 where +inf, 3 where -inf, else 0."""
-    codes = torch.zeros(tensor.shape, dtype=torch.int8)
+    codes = torch.zeros(tensor.shape, dtype=torch.int8, device=tensor.device)
     codes[tensor.isnan()] = 1
     codes[tensor == float("inf")] = 2
     codes[tensor == float("-inf")] = 3

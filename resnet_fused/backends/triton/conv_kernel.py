@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from resnet_fused.backends.triton.activation import activate, activate_backward
-from resnet_fused.backends.triton.batch_statistics import combine_tile
+from resnet_fused.backends.triton.batch_statistics import tile_statistics
 from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors
 
 
@@ -120,9 +120,7 @@ def conv_kernel(
 
     row = i_m.to(tl.int64) * out_channels + outputs
     if BEHIND == "statistics":  # of the numbers that are stored
-        mean, square = combine_tile(
-            tl.where(mask, b_y.to(tl.float32), 0.0), tl.zeros_like(acc), m_m.to(tl.float32)
-        )
+        mean, square = tile_statistics(b_y.to(tl.float32), m_m)
         tl.store(p_first + row, mean, mask=m_n)
         tl.store(p_second + row, square, mask=m_n)
     if BEHIND == "gradient":

@@ -96,9 +96,8 @@ def cut(tensor: Tensor, *, reduces: bool = False) -> Tiles:
     # A vector of channels without pixels is channels_last too: (N, C).
     channels_last = pixels == 1 or not tensor.is_contiguous()
     block_c = min(triton.next_power_of_2(channels), _CHANNELS) if channels_last else 1
-    # Small tensors: no tile larger than half of them.
     tile = _TILE if channels_last and not reduces else _SMALL_TILE
-    block_r = min(tile // block_c, triton.next_power_of_2(max(rows // 2, 1)))
+    block_r = min(tile // block_c, triton.next_power_of_2(max(rows, 1)))
     return Tiles(rows, channels, pixels, channels_last, block_r, block_c)
 
 
