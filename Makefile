@@ -11,14 +11,20 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test sanitize lint format bench gpu clean
+.PHONY: demo test test-triton sanitize lint format bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
+	$(MAKE) --no-print-directory test-triton
 	$(BIN)/python -m pytest -q tests/test_speedup.py
+
+# Triton's kernels on CPU tensors, in its interpreter: that wants a process of its own.
+test-triton: .venv/.ready
+	TRITON_INTERPRET=1 RESNET_FUSED_NO_NATIVE=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n auto tests/test_triton_ops.py tests/test_triton_models.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of its own.
 SANITIZED := build/sanitized
@@ -67,8 +73,7 @@ bench: .venv/.ready
 # The options of pytest in pyproject.toml need plug-ins that may be missing.
 BUDGET ?= 300
 TEST_SECONDS ?= 150
-GPU_TESTS := $(wildcard tests/test_triton_*.py tests/test_capture.py) \
-	tests/test_functional.py tests/test_ops.py
+GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_models.py triton_gpu.py capture.py gpu_choice.py)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
@@ -79,9 +84,10 @@ gpu-run:
 	@$(PYTHON) setup.py -q build_ext --inplace \
 		|| echo "make gpu: the CPU kernels were not built; going on without"
 	@tests=passed; bench=passed; \
-	timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -q -o addopts=-ra $(GPU_TESTS) \
+	several=$$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null); \
+	timeout -s INT -k 20 $(TEST_SECONDS) $(PYTHON) -m pytest -q -o addopts=-ra $$several $(GPU_TESTS) \
 		|| tests="failed, or took over $(TEST_SECONDS) s"; \
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) || bench=failed; \
+	PYTHONPATH=. RESNET_FUSED_CACHE_DIR=$(CURDIR)/build/gpu_cache $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) || bench=failed; \
 	echo "make gpu: tests $$tests; benchmark $$bench"; \
 	test "$$tests" = passed -a "$$bench" = passed
 

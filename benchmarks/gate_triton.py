@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ from resnet_fused.ops.schema import ACTIVATIONS
 
 ARCHS = (80, 90, 100, 120)
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+TINY = ((1, 1, 1, 1), (3, 1, 1, 1), (1, 64, 1, 1), (1, 1, 5, 5), (2, 3, 1, 7))
+"""Sizes of 1 are constants to Triton, and take other ways through its compiler."""
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 }  # fmt: skip
@@ -135,12 +137,15 @@ def norm_cases() -> Iterator[Case]:
         for dtype, nhwc in itertools.product(_TYPES, (True, False)):
             case = f"bn relu {_TYPES[dtype]} {'nhwc' if nhwc else 'nchw'}"
             yield case, arch, partial(norm_ops, dtype, nhwc, "relu"), False
+        for shape, nhwc in itertools.product(TINY, (True, False)):
+            case = f"bn relu fp16 {'nhwc' if nhwc else 'nchw'} {'x'.join(map(str, shape))}"
+            yield case, arch, partial(norm_ops, torch.float16, nhwc, "relu", *shape), False
 
 
-def norm_ops(dtype: torch.dtype, channels_last: bool, act: str) -> None:
-    """All of them, with a residual and without, on a stage of ResNet."""
-    x = meta(8, 64, 56, 56, dtype=dtype, channels_last=channels_last)
-    vectors = [meta(64) for _ in range(4)]
+def norm_ops(dtype: torch.dtype, channels_last: bool, act: str, *shape: int) -> None:
+    """All of them, with a residual and without, by default on a stage of ResNet."""
+    x = meta(*(shape or (8, 64, 56, 56)), dtype=dtype, channels_last=channels_last)
+    vectors = [meta(x.shape[1]) for _ in range(4)]
     weight, bias = vectors[2:]
     for residual in (None, x):
         scale_shift_act.scale_shift_act(x, weight, bias, residual, act, 0.1)
@@ -159,6 +164,12 @@ def conv_cases() -> Iterator[Case]:
                 256, 256, (28, 28), 256, (kernel, kernel), (stride, stride),
                 (kernel // 2, kernel // 2), (1, 1), groups,
             )  # fmt: skip
+            tiny = replace(
+                problem, batch=1, channels=groups, out_channels=groups, size=(stride, stride)
+            )
+            for config in candidates(tiny, dtype.itemsize, arch, precision)[:1]:
+                run = partial(inference, tiny, config, dtype, precision)
+                yield f"conv of one pixel {kernel}x{kernel} {name}", arch, run, False
             configs = candidates(problem, dtype.itemsize, arch, precision)
             for config in configs if stride == 1 else configs[:1]:
                 case = f"{kernel}x{kernel} stride {stride} groups {groups} {name} {config.name}"
@@ -322,7 +333,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     wrong = []
     for line in ttir.splitlines():
         access = re.search(r"tt\.(?:load|store) (%\w+).*tensor<\d+x\d+x!tt\.ptr", line)
-        if access is None:
+        if access is None or "tensor<1x1x" in line:  # nothing to be added to the pointer
             continue
         wide = False
         pending, seen = [access[1]], set()

@@ -293,42 +293,59 @@ MANY = 2**31 + 2**12
 """Elements; 4 GiB of float16, of which only what is read or written becomes memory."""
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="probes single programs in the interpreter")
-@EVERY_LAYOUT
-def test_offsets_past_int32(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last program alone: its 32-bit products would wrap here as they do on a GPU."""
-    shape = (4, MANY // 4 // 64, 8, 8) if layout == "nchw" else (MANY // 64 // 64, 64, 8, 8)
-    memory = torch.contiguous_format if layout == "nchw" else torch.channels_last
-    x = torch.empty(shape, dtype=torch.float16, memory_format=memory)
-    channels = shape[1]
-    scale, shift = torch.full((channels,), 2.0), torch.full((channels,), 1.0)
-    x[-1, -1, -1, -1] = 3.0
-    y = last_program(monkeypatch, "scale_shift_act", x, scale, shift)
-    assert y[-1, -1, -1, -1] == 7.0
+def last_program_only(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """In this module's launches only the last program runs.
 
-
-def last_program(monkeypatch: pytest.MonkeyPatch, file: str, *args: Tensor) -> Tensor:
-    """scale_shift_act by its last program only."""
+    Its 32-bit products would wrap in the interpreter as they do on a GPU.
+    """
     from triton.runtime import interpreter
-
-    from resnet_fused.backends.triton import scale_shift_act
 
     def launch(kernel: Any, grid: Any, anchor: Tensor, *args: Any, **meta: Any) -> None:
         builder = interpreter.interpreter_builder
-        real = builder.set_grid_idx
+        real, size = builder.set_grid_idx, builder.set_grid_dim
         with monkeypatch.context() as patch:
+            patch.setattr(builder, "set_grid_dim", lambda *_: size(grid[0], 1, 1))
             patch.setattr(builder, "set_grid_idx", lambda x, y, z: real(x + grid[0] - 1, y, z))
-            patch.setattr(builder, "set_grid_dim", lambda x, y, z: None)
-            builder.grid_dim = (grid[0], 1, 1)
             kernel[(1,)](*args, **meta)
 
-    monkeypatch.setattr(scale_shift_act, "launch", launch)
-    deterministic = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GiB stay virtual
-    try:
-        return scale_shift_act.scale_shift_act(*args, None, "none", 0.0)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = deterministic
+    monkeypatch.setattr(module, "launch", launch)
+    # 4 GiB stay virtual.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+def huge(layout: str) -> Tensor:
+    """A tensor of MANY elements without content, but for the last one."""
+    shape = (4, MANY // 256, 8, 8) if layout == "nchw" else (MANY // 4096, 64, 8, 8)
+    memory = torch.contiguous_format if layout == "nchw" else torch.channels_last
+    x = torch.empty(shape, dtype=torch.float16, memory_format=memory)
+    x[-1, -1, -1, -1] = 3.0
+    return x
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="probes single programs in the interpreter")
+@EVERY_LAYOUT
+def test_offsets_past_int32(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused.backends.triton import scale_shift_act
+
+    last_program_only(monkeypatch, scale_shift_act)
+    x = huge(layout)
+    scale, shift = torch.full((x.shape[1],), 2.0), torch.full((x.shape[1],), 1.0)
+    y = scale_shift_act.scale_shift_act(x, scale, shift, None, "none", 0.0)
+    assert y[-1, -1, -1, -1] == 7.0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="probes single programs in the interpreter")
+def test_conv_offsets_past_int32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused.backends.triton import conv_bn_act
+
+    last_program_only(monkeypatch, conv_bn_act)
+    x = huge("nhwc")
+    x[-1, :, -1, -1] = 1.0
+    weight = torch.ones(64, 64, 1, 1, dtype=torch.float16)
+    y = conv_bn_act.conv_bn_act(
+        x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, "none", 0.0, SMALL, "ieee"
+    )
+    assert y[-1, -1, -1, -1] == 64.0
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from resnet_fused.backends.triton import configs, support
+from resnet_fused.backends.triton import (
+    batch_statistics,
+    bn_act,
+    configs,
+    conv_bn_act,
+    launch,
+    scale_shift_act,
+    support,
+)
+from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.ops import gpu, gpu_choice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,6 +52,7 @@ DOT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
 @pytest.fixture(autouse=True)
 def gpus_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Import this into a test file: CPU tensors go where CUDA tensors would, if there is no GPU."""
+    monkeypatch.setattr(support, "LEAST_TRAINING_BYTES", 0)
     if HAS_GPU:
         yield
         return
@@ -86,10 +96,30 @@ def on_device(args: Sequence[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def chosen(monkeypatch: pytest.MonkeyPatch, config: configs.Config | str) -> Iterator[None]:
-    """In here convolutions run by these tiles, or by what is named."""
+    """In here convolutions run by these tiles where they can, or by what is named."""
     name = config if isinstance(config, str) else config.name
+
+    def choose(kind: str, input: Tensor, weight: Tensor, stride: Any, *geometry: Any) -> str:
+        transposed = kind == "train_input" and (tuple(stride) != (1, 1) or geometry[-1] > 1)
+        return LIBRARY if transposed else name
+
     with monkeypatch.context() as patch:
         if not isinstance(config, str):
             patch.setattr(configs, "BY_NAME", {**configs.BY_NAME, name: config})
-        patch.setattr(gpu_choice, "choose", lambda *args: name)
+        patch.setattr(gpu_choice, "choose", choose)
         yield
+
+
+@contextlib.contextmanager
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that are started in here."""
+    names: list[str] = []
+
+    def count(kernel: Any, *args: Any, **meta: Any) -> None:
+        names.append(kernel.__name__)
+        launch.launch(kernel, *args, **meta)
+
+    with monkeypatch.context() as patch:
+        for module in (scale_shift_act, batch_statistics, bn_act, conv_bn_act):
+            patch.setattr(module, "launch", count)
+        yield names

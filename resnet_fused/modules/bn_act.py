@@ -52,7 +52,7 @@ class BNAct:
         check_input(bn, input)
         group = process_group(bn)
         # A process without images takes part all the same: the others wait for its sums.
-        fits = _plain(input) and (input.numel() > 0 or group is not None)
+        fits = _plain(input, bn) and (input.numel() > 0 or group is not None)
         if not fits or not _addable(residual, input):
             return self.finish(bn(input), residual)
         options = (self.act, self.negative_slope)
@@ -107,10 +107,13 @@ class BNAct:
         return reference.activation(self.act, self.negative_slope)(output)
 
 
-def _plain(input: Tensor) -> bool:
-    """Whether a kernel takes it; on a GPU PyTorch's own modules are faster than plain formulas."""
-    if support.on_gpu(input) and support.unusable(input) is not None:
-        return False
+def _plain(input: Tensor, bn: nn.BatchNorm2d) -> bool:
+    """Whether a kernel takes it, and is not slower than PyTorch's own modules."""
+    if support.on_gpu(input) and not torch.compiler.is_compiling():
+        if support.unusable(input) is not None:
+            return False
+        if uses_batch_statistics(bn) and not support.pays_in_training(input):
+            return False
     return input.dtype in DTYPES and input.layout == torch.strided
 
 

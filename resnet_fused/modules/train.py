@@ -78,7 +78,9 @@ class Training:
         """What runs; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
             return None
-        if support.on_gpu(data) and support.unusable(data) is not None:
+        if support.on_gpu(data) and not (
+            support.unusable(data) is None and support.pays_in_training(data)
+        ):
             return None
         # Autocast would cast the parameters; what needs them so does it itself.
         kind = data.device.type

@@ -28,6 +28,9 @@ Kind = Literal["inference", "train_output", "train_input"]
 MOST_PIXELS = 2**31 - 1
 """Output pixels (N · H · W) that a kernel can count; offsets of elements have 64 bits."""
 
+MOST_GROUPS = 65535
+"""The second dimension of a grid (CUDA programming guide, table of limits)."""
+
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -57,7 +60,7 @@ def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) ->
     """Everything that may run a problem on a GPU of compute capability `arch`."""
     names = [LIBRARY, CUDNN] if kind == "inference" else [LIBRARY]
     height, width = problem.out_size
-    if problem.batch * height * width > MOST_PIXELS:
+    if problem.batch * height * width > MOST_PIXELS or problem.groups > MOST_GROUPS:
         return tuple(names)
     if kind != "inference" and dtype == torch.float32:  # the epilogues' registers do not suffice
         return tuple(names)

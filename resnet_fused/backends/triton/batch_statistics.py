@@ -37,8 +37,9 @@ def partial_statistics_kernel(
     Means are told as distances from the origin, which is written as well: beside a large mean they
     would be rounded as coarsely as it is.
     """
-    i_chunk = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    i_chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    o_c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     begin = i_chunk * chunk
     end = tl.minimum(begin + chunk, rows)
@@ -113,7 +114,7 @@ def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     mean, square = partial_table(x, cut.chunks, cut.channels)
     origin = mean.new_empty(cut.channels)
     launch(
-        partial_statistics_kernel, (cut.chunks, cut.channel_blocks), x,
+        partial_statistics_kernel, (cut.chunks * cut.channel_blocks,), x,
         x, origin, mean, square, *cut.shape, cut.chunk, **cut.meta,
     )  # fmt: skip
     return combine(mean, square, cut.rows, cut.chunk, origin)

@@ -37,8 +37,9 @@ def partial_sums_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Σ g · x̂ and Σ g of each channel over a chunk of rows; g is written where it is wanted."""
-    i_chunk = tl.program_id(0).to(tl.int64)
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    i_chunk = (tl.program_id(0) // blocks).to(tl.int64)
+    o_c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     begin = i_chunk * chunk
     end = tl.minimum(begin + chunk, rows)
@@ -186,7 +187,7 @@ def bn_act_backward_sums(
     cut = tiles.cut(x, reduces=True)
     product, sums = partial_table(x, cut.chunks, cut.channels)
     launch(
-        partial_sums_kernel, (cut.chunks, cut.channel_blocks), x,
+        partial_sums_kernel, (cut.chunks * cut.channel_blocks,), x,
         grad, x, residual, output, mean, var, weight, bias,
         grad_residual if has_residual else None, product, sums,
         *cut.shape, cut.chunk, eps, negative_slope, ACT=act, **cut.meta,

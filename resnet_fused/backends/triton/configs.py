@@ -46,7 +46,7 @@ _TILES = (
     Config(128, 128, 64, 8, 3),
     Config(256, 64, 64, 8, 3),  # ResNet's first stage has 64 channels
     Config(128, 64, 64, 8, 3),
-    Config(64, 128, 64, 8, 4),
+    Config(64, 128, 64, 8, 3),
     Config(64, 64, 64, 4, 4),  # small images: more programs
     Config(64, 32, 64, 4, 5),  # batch 1
     Config(128, 32, 32, 4, 4),  # narrow groups, few channels

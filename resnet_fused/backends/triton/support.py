@@ -14,6 +14,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_ARCH = 80  # bfloat16 and TF32 matrix instructions, asynchronous copies
 
 
+LEAST_TRAINING_BYTES = 1 << 20
+"""Below, a training step runs as eager PyTorch does: a pass over 1 MiB takes a GPU half a
+microsecond, so what counts is the number of launches, and ours are more (statistics are two). An
+estimate, not measured.
+"""
+
+
+def pays_in_training(input: Tensor) -> bool:
+    """Whether an activation is large enough that the passes saved weigh more than launches."""
+    return input.numel() * input.element_size() >= LEAST_TRAINING_BYTES
+
+
 @functools.cache
 def missing() -> str | None:
     """Why there are no Triton kernels in this process, or None."""

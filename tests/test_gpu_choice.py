@@ -1,0 +1,120 @@
+"""Which kernel runs a convolution on a GPU: the default, measured choices, and what is admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from resnet_fused.backends.triton import support
+from resnet_fused.backends.triton.configs import BY_NAME, CONFIGS, SHARED_BYTES, candidates
+from resnet_fused.conv_choice import LIBRARY, ConvProblem
+from resnet_fused.ops import gpu_choice
+from resnet_fused.ops.gpu_choice import CUDNN, Kind
+
+HALF = torch.float16
+X = torch.empty(8, 64, 56, 56, dtype=HALF, device="meta")
+WEIGHT = torch.empty(64, 64, 3, 3, dtype=HALF, device="meta")
+GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
+PROBLEM = gpu_choice.conv_problem(X.shape, WEIGHT.shape, *GEOMETRY)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A pretended GPU, and the choices that were measured on it."""
+    measured: dict[str, str] = {}
+    monkeypatch.setattr(support, "architecture", lambda device: 90)
+    monkeypatch.setattr(gpu_choice, "_measured", lambda device: measured)
+    gpu_choice._chosen.cache_clear()
+    yield measured
+    gpu_choice._chosen.cache_clear()
+
+
+def choose(kind: Kind = "inference") -> str:
+    return gpu_choice.choose(kind, X, WEIGHT, *GEOMETRY)
+
+
+def test_the_library_is_the_default(hopper: dict[str, str]) -> None:
+    assert choose() == LIBRARY
+    hopper["another problem"] = "triton_64x64x64"
+    assert choose() == LIBRARY
+
+
+@pytest.mark.parametrize("kind", ["inference", "train_output", "train_input"])
+def test_a_measured_choice_is_taken(kind: Kind, hopper: dict[str, str]) -> None:
+    hopper[gpu_choice.key(kind, PROBLEM, HALF)] = "triton_64x64x64"
+    assert choose(kind) == "triton_64x64x64"
+    others: set[Kind] = {"inference", "train_output", "train_input"} - {kind}  # type: ignore[assignment]
+    assert all(choose(other) == LIBRARY for other in others)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "rm -rf", "triton_1x1x1", "triton_tma_128x64x64", "winograd4"]
+)
+def test_a_poisoned_choice_is_ignored(name: str, hopper: dict[str, str]) -> None:
+    """TMA is for 1x1 convolutions only; the others are no names here."""
+    hopper[gpu_choice.key("inference", PROBLEM, HALF)] = name
+    assert choose() == LIBRARY
+
+
+def test_cudnn_is_for_evaluation_only(hopper: dict[str, str]) -> None:
+    for kind in ("inference", "train_output"):
+        hopper[gpu_choice.key(kind, PROBLEM, HALF)] = CUDNN  # type: ignore[arg-type]
+    assert choose() == CUDNN and choose("train_output") == LIBRARY
+
+
+def test_what_cannot_be_is_not_admitted() -> None:
+    def names(kind: Kind, dtype: torch.dtype = HALF, arch: int = 90, **changes: object) -> set[str]:
+        values = {f: getattr(PROBLEM, f) for f in PROBLEM.__dataclass_fields__} | changes
+        return set(gpu_choice.admitted(kind, ConvProblem(**values), dtype, arch))  # type: ignore[arg-type]
+
+    library = {LIBRARY}
+    assert len(names("train_input")) > 3 and len(names("train_output")) > 3
+    assert names("train_input", stride=(2, 2)) == library
+    assert names("train_input", groups=2) == library
+    assert names("train_input", padding=(3, 3)) == library
+    assert names("train_output", torch.float32) == library
+    assert names("inference", batch=2**20, size=(56, 56)) == {LIBRARY, CUDNN}
+    one = {"kernel": (1, 1), "padding": (0, 0)}
+    assert {n for n in names("inference", **one) if "tma" in n}
+    assert not {n for n in names("inference", arch=80, **one) if "tma" in n}
+    assert not {n for n in names("inference", channels=63, **one) if "tma" in n}
+    narrow = names("inference", out_channels=16) & set(BY_NAME)
+    assert narrow and all(BY_NAME[n].block_n <= 32 for n in narrow)
+
+
+def test_tiles_fit_every_chip() -> None:
+    for arch, limit in SHARED_BYTES.items():
+        for itemsize in (2, 4):
+            found = candidates(PROBLEM, itemsize, arch, "tf32")
+            assert found and all(c.shared_bytes(itemsize) <= limit for c in found)
+
+
+def test_precision_follows_torchs_switches() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        assert gpu_choice.precision(torch.float32) == "tf32"
+        key = gpu_choice.key("inference", PROBLEM, torch.float32)
+        torch.backends.cudnn.allow_tf32 = False
+        assert gpu_choice.precision(torch.float32) == "ieee"
+        assert gpu_choice.key("inference", PROBLEM, torch.float32) != key
+        assert gpu_choice.precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_names_are_distinct() -> None:
+    assert len({c.name for c in CONFIGS}) == len(CONFIGS)
+    assert not {LIBRARY, CUDNN} & set(BY_NAME)
+
+
+def test_support_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cpu" in (support.unusable(torch.empty(1)) or "")
+    monkeypatch.setattr(support, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(support, "_unsupported", lambda device: None)
+    assert support.unusable(torch.empty(1)) is None
+    assert "float64" in (support.unusable(torch.empty(1, dtype=torch.float64)) or "")
+    monkeypatch.setattr(support, "missing", lambda: "the package triton is not installed")
+    assert support.unusable(torch.empty(1)) == "the package triton is not installed"

@@ -1,0 +1,52 @@
+"""Every Triton kernel compiles for every chip, without a GPU, and its text is as it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from resnet_fused.backends.triton.configs import CONFIGS  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+
+@pytest.mark.timeout(1500)
+def test_gate(tmp_path: Path) -> None:
+    file = tmp_path / "gate.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gate_triton.py", "--json", file],
+        capture_output=True, text=True, timeout=1400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads(file.read_text())["kernels"]
+    assert {row["arch"] for row in rows} == {80, 90, 100, 120}
+    cases = [row["case"] for row in rows]
+    assert all(any(config.name in case for case in cases) for config in CONFIGS)
+
+
+def test_gate_finds_what_is_wrong() -> None:
+    """The reader of the text itself: each rule broken once."""
+    import gate_triton as gate
+
+    narrow = """
+    %0 = arith.muli %a, %b : tensor<64xi32> loc(#loc)
+    %1 = arith.extsi %0 : tensor<64xi32> to tensor<64xi64> loc(#loc)
+    %2 = tt.splat %p : !tt.ptr<f16> -> tensor<64x64x!tt.ptr<f16>> loc(#loc)
+    %3 = tt.addptr %2, %o : tensor<64x64x!tt.ptr<f16>>, tensor<64x64xi32> loc(#loc)
+    %4 = tt.load %3, %m : tensor<64x64x!tt.ptr<f16>> loc(#loc)
+    """
+    found = gate.narrow_offsets(narrow)
+    assert len(found) == 2 and "32-bit offsets" in found[0] and "widened" in found[1]
+    assert (
+        gate.narrow_offsets(narrow.replace("64x64xi32", "64x64xi64").replace("muli", "addi")) == []
+    )

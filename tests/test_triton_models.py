@@ -1,0 +1,186 @@
+"""Whole blocks on Triton's kernels: the way from fuse() through modules and operators to a launch.
+
+In evaluation and training, with every convolution by the library and one pass, and with every one
+that can be by a kernel of ours; statistics, gradients and memory as eager PyTorch has them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_all_parity, assert_parity, double_model
+from torch import Tensor, nn
+from train_case import results, smooth
+from triton_case import DEVICE, chosen, gpus_place, launches, needs_kernels
+
+from resnet_fused import fuse
+from resnet_fused.backends.triton.configs import Config
+from resnet_fused.benchmark.measure import saved_bytes
+from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
+from resnet_fused.modules.conv_bn_act import fold_for_gpu
+
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", gpus_place.__name__)]
+
+SMALL = Config(32, 32, 32, 4, 3)
+KINDS = ["basic", "bottleneck", "basic down", "bottleneck down"]
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+BY = pytest.mark.parametrize("by", ["library", SMALL], ids=["library", "triton"])
+
+
+def block(kind: str) -> nn.Module:
+    """A residual block small enough for the interpreter, with statistics that look trained."""
+    torch.manual_seed(1)
+    make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
+    channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
+    options: dict[str, Any] = {}
+    if "down" in kind:
+        down = nn.Sequential(conv1x1(channels, outputs, stride=2), nn.BatchNorm2d(outputs))
+        options = {"stride": 2, "downsample": down}
+    module: nn.Module = make(channels, planes, **options)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.2)
+            nn.init.normal_(m.running_mean, 0, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return module.to(DEVICE, memory_format=torch.channels_last)
+
+
+def images(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    channels = 16 if kind == "basic" else 32
+    x = torch.randn(3, channels, 7, 9, generator=torch.Generator().manual_seed(3))
+    return x.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+
+@BY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@EVERY_KIND
+def test_evaluation(kind: str, dtype: torch.dtype, by: Any, monkeypatch: Any) -> None:
+    model, x = block(kind).eval().to(dtype), images(kind, dtype)
+    with torch.no_grad():
+        exact, eager = double_model(model)(x.double()), model(x)
+        with chosen(monkeypatch, by):
+            assert_parity(fuse(model)(x), eager, exact)
+
+
+@BY
+@EVERY_KIND
+def test_training(kind: str, by: Any, monkeypatch: Any) -> None:
+    model, x = smooth(block(kind)).train(), images(kind)
+    for memory in ("default", "low"):
+        fused, exact = fuse(model, memory=memory), double_model(model)
+        with chosen(monkeypatch, by):
+            ours = results(fused, x, torch.sin)
+        eager, truth = (
+            results(copy.deepcopy(model), x, torch.sin),
+            results(exact, x.double(), torch.sin),
+        )
+        assert ours.keys() == eager.keys()
+        names = [n for n in ours if ours[n].is_floating_point()]
+        assert_all_parity(*([r[n] for n in names] for r in (ours, eager, truth)), what=kind)
+        assert all(torch.equal(ours[n], eager[n]) for n in ours.keys() - set(names))
+
+
+@BY
+def test_training_under_autocast(by: Any, monkeypatch: Any) -> None:
+    kind = "bottleneck"
+    model, x = smooth(block(kind)).train(), images(kind)
+    fused, exact = fuse(model), double_model(model)
+
+    def step(model: nn.Module) -> dict[str, Tensor]:
+        def weighed(y: Tensor) -> Tensor:
+            return torch.sin(y.float())
+
+        with torch.autocast(DEVICE, torch.float16):
+            return results(model, x, weighed)
+
+    with chosen(monkeypatch, by):
+        ours = step(fused)
+    eager, truth = step(copy.deepcopy(model)), results(exact, x.double(), torch.sin)
+    assert ours["y"].dtype == eager["y"].dtype == torch.float16
+    assert all(g.dtype == eager[n].dtype for n, g in ours.items())
+    for name in ("y", "x", "conv2.weight", "bn1.weight", "bn3.running_var"):
+        assert_parity(ours[name], eager[name], truth[name], what=name)
+
+
+def test_evaluation_under_autocast(monkeypatch: Any) -> None:
+    model, x = block("basic").eval(), images("basic", torch.float16)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16), chosen(monkeypatch, SMALL):
+        with launches(monkeypatch) as names:
+            ours = fuse(model)(x)
+        eager = model(x)
+    assert names == ["conv_kernel"] * 2
+    with torch.no_grad():
+        assert_parity(ours, eager, double_model(model)(x.double()))
+
+
+def test_what_is_launched(monkeypatch: Any) -> None:
+    """A step in evaluation is one launch; in training nothing runs twice that need not."""
+    model, x = block("bottleneck"), images("bottleneck")
+    fused = fuse(model)
+    with torch.no_grad():
+        for by, kernel in (("library", "scale_shift_act_kernel"), (SMALL, "conv_kernel")):
+            with chosen(monkeypatch, by), launches(monkeypatch) as names:
+                fused.eval()(x)
+            assert names == [kernel] * 3
+    x.requires_grad_()
+    with chosen(monkeypatch, SMALL), launches(monkeypatch) as names:
+        y = fused.train()(x)
+    assert names == ["conv_kernel", "combine_statistics_kernel"] * 3 + ["scale_shift_act_kernel"]
+    with chosen(monkeypatch, SMALL), launches(monkeypatch) as names:
+        y.sum().backward()
+    last = ["partial_sums_kernel", "combine_sums_kernel"]
+    each = ["grad_input_kernel", "conv_kernel", "combine_sums_kernel", "scale_shift_act_kernel"]
+    assert names == [*last, *each, *each, "grad_input_kernel"]
+
+
+def test_new_weights_are_noticed(monkeypatch: Any) -> None:
+    model, other, x = block("basic").eval(), block("basic").eval(), images("basic")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+        fused = fuse(model)
+        for by in ("library", SMALL):
+            with chosen(monkeypatch, by):
+                fused(x)
+                fused.load_state_dict(other.state_dict())
+                assert torch.allclose(fused(x), other(x), atol=1e-5)
+                fused.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(("memory", "ratio"), [("default", 0.85), ("low", 0.55)])
+def test_what_is_kept_for_backward(memory: str, ratio: float) -> None:
+    model, x = block("bottleneck").train(), images("bottleneck").requires_grad_()
+    fused = fuse(model, memory=memory)
+    ours, eager = (saved_bytes(m, lambda m=m: m(x)) for m in (fused, model))
+    own = x.numel() * x.element_size()  # the input is kept by everyone
+    assert ours - own <= ratio * (eager - own)
+
+
+def test_contiguous_models_stay_contiguous() -> None:
+    model = block("basic").to(memory_format=torch.contiguous_format).eval()
+    x = images("basic").contiguous()
+    with torch.no_grad():
+        y = fuse(model)(x)
+        assert y.is_contiguous()
+        assert_parity(y, model(x), double_model(model)(x.double()))
+
+
+def test_float64_runs_as_eager() -> None:
+    model, x = block("basic").double(), images("basic").double()
+    assert torch.equal(fuse(model)(x), copy.deepcopy(model)(x))
+
+
+def test_fold_into_the_weight_leaves_no_scale() -> None:
+    """What cuDNN's fused convolution takes."""
+    model, x = block("basic").eval(), images("basic")
+    conv, bn = model.get_submodule("conv1"), model.get_submodule("bn1")
+    assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
+    with torch.no_grad():
+        weight, scale, shift = fold_for_gpu(conv, bn, torch.float32, into_weight=True)
+        assert scale is None and shift is not None
+        y = torch.conv2d(x, weight, shift, conv.stride, conv.padding)
+        assert torch.allclose(y, bn(conv(x)), atol=1e-5)
