@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for every chip, without a GPU, and reads what came out.
 
-    python benchmarks/gate_triton.py --json benchmarks/results/triton_gate.json
+    python benchmarks/gate_triton.py --csv benchmarks/results/triton_gate.csv
 
 The library's own launchers run on meta tensors, and what they would launch is compiled for compute
 capability 8.0, 9.0, 10.0 and 12.0: each operator x dtype, and convolutions x every tile size that
@@ -17,6 +17,8 @@ Exit status 1 if anything is wrong.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import itertools
 import multiprocessing
 import os
@@ -24,8 +26,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,11 +93,11 @@ class Row:
 def main() -> int:
     """Compile everything; the exit status is 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="gate_triton.py", description="Gates without a GPU.")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--csv", metavar="FILE", help="write the table, one row a kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args()
-    if args.json is not None:
-        benchmark.check_writable(Path(args.json))
+    if args.csv is not None:
+        benchmark.check_writable(Path(args.csv))
     todo = list(builds())
     # Triton's own cache holds what was compiled before, from the same source.
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
@@ -105,14 +107,21 @@ def main() -> int:
             print(f"{row.case}, sm_{row.arch}, {row.kernel}: {wrong}")
     failed = sum(bool(row.wrong) for row in rows)
     print(f"{len(rows)} kernels compiled, {failed} wrong")
-    if args.json is not None:
-        data = {
-            "triton": triton.__version__,
-            "command": "gate_triton.py",
-            "kernels": [asdict(row) for row in rows],
-        }
-        benchmark.write_atomically(Path(args.json), benchmark.json_text(data).encode())
+    if args.csv is not None:
+        benchmark.write_atomically(Path(args.csv), table(rows).encode())
     return 1 if failed else 0
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as CSV."""
+    text = io.StringIO()
+    names = [f.name for f in fields(Row)]
+    writer = csv.DictWriter(text, [*names, "triton"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        wrong = "; ".join(row.wrong)
+        writer.writerow({**asdict(row), "wrong": wrong, "triton": triton.__version__})
+    return text.getvalue()
 
 
 def builds() -> Iterator[Build]:

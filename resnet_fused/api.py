@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import packing
+from resnet_fused import checks, packing
 from resnet_fused.backends import native_conv, onednn
 from resnet_fused.backends.triton import support
 from resnet_fused.graph.analyse import Candidate, analyse
@@ -64,7 +64,7 @@ def fuse(
     After an exception the model is as it was. Paper: He et al. (2015) for the blocks, Jacob et
     al. (2018) for folding.
     """
-    _demand_module(model)
+    checks.module("model", model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function, got {type(filter_fn).__name__}")
     if memory not in ("default", "low"):
@@ -89,7 +89,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     Raises:
         TypeError: model is not a module.
     """
-    _demand_module(model)
+    checks.module("model", model)
     target = model if inplace else copy.deepcopy(model)
     for module in target.modules():
         remove(module)
@@ -146,8 +146,8 @@ def explain(model: nn.Module, *inputs: Tensor) -> Explanation:
     Raises:
         TypeError: model is not a module, or an input is not a tensor.
     """
-    _demand_module(model)
-    _demand_tensors(inputs)
+    checks.module("model", model)
+    checks.tensors("inputs", inputs)
     seen = conv_inputs(model, inputs) if inputs else {}
     return Explanation(tuple(_entry(model, c, seen) for c in analyse(model).candidates))
 
@@ -236,8 +236,8 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
     Raises:
         TypeError: model is not a module, or an input is not a tensor.
     """
-    _demand_module(model)
-    _demand_tensors(inputs)
+    checks.module("model", model)
+    checks.tensors("inputs", inputs)
     fused = fuse(model)
     eager = unfuse(fused)
     other = unfuse(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -287,14 +287,3 @@ def _tensors(value: Any) -> Any:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _tensors(v)
-
-
-def _demand_tensors(inputs: Sequence[object]) -> None:
-    for i, value in enumerate(inputs):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"inputs[{i}]: expected a tensor, got {type(value).__name__}")
-
-
-def _demand_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -18,6 +18,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from resnet_fused import checks
+
 _WARM_UPS = 3  # as in https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
 
 
@@ -293,16 +295,16 @@ class Captured:
         self._memory, self._state = reads.kept, _State(self._model)
 
 
-def _demand(model: object, example: Sequence[Tensor], on_mismatch: str, device_type: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+def _demand(
+    model: nn.Module, example: Sequence[Tensor], on_mismatch: str, device_type: str
+) -> None:
+    checks.module("model", model)
     if on_mismatch not in ("error", "eager"):
         raise ValueError(f"on_mismatch: expected 'error' or 'eager', got {on_mismatch!r}")
     if not example:
         raise ValueError("example: expected at least one tensor, got none")
+    checks.tensors("example", example)
     for i, value in enumerate(example):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"example[{i}]: expected a tensor, got {type(value).__name__}")
         if value.device.type != device_type or value.device != example[0].device:
             raise ValueError(
                 f"example[{i}]: capture needs CUDA, expected every tensor on one {device_type} "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused.ops.schema import ACTIVATIONS, statistics_dtype
 
@@ -25,6 +25,19 @@ def tensor(name: str, value: object, *, optional: bool = False) -> None:
     if value.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name}: expected a dtype out of {names}, got {value.dtype}")
+
+
+def tensors(name: str, values: Sequence[object]) -> None:
+    """Demand tensors of any kind."""
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(value).__name__}")
+
+
+def module(name: str, value: object) -> None:
+    """Demand an nn.Module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
 
 
 def rank(name: str, value: Tensor, *, at_least: int, at_most: int | None = None) -> None:

@@ -23,7 +23,12 @@ from resnet_fused.backends.triton.activation import activate_backward
 from resnet_fused.backends.triton.batch_statistics import batch_statistics, partial_table
 from resnet_fused.backends.triton.launch import launch
 from resnet_fused.backends.triton.scale_shift_act import normalize_act
-from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, tile_offsets
+from resnet_fused.backends.triton.tiles import (
+    channel_vector,
+    norm_vectors,
+    tile_of_program,
+    tile_offsets,
+)
 
 _SUMMED = 16  # channels whose partial sums one program adds up
 _SUMMED_ROWS = 256  # of them at once
@@ -99,15 +104,9 @@ def grad_input_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, from the sums over all rows."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    i_r = tl.program_id(0) // blocks
-    i_c = tl.program_id(0) % blocks
-    o_r = i_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mask = (o_r < rows)[:, None] & m_c[None, :]
-    offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
-
+    o_c, m_c, offsets, mask = tile_of_program(
+        rows, channels, pixels, CHANNELS_LAST, BLOCK_R, BLOCK_C
+    )
     b_grad = tl.load(p_grad + offsets, mask=mask).to(tl.float32)
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
     mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)

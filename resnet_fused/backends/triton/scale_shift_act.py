@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.activation import activate
 from resnet_fused.backends.triton.launch import launch
-from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, tile_offsets
+from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, tile_of_program
 
 
 @triton.jit
@@ -25,15 +25,9 @@ def scale_shift_act_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalises by mean and variance where there are any, then · weight + bias."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    i_r = tl.program_id(0) // blocks
-    i_c = tl.program_id(0) % blocks
-    o_r = i_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mask = (o_r < rows)[:, None] & m_c[None, :]
-    offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
-
+    o_c, m_c, offsets, mask = tile_of_program(
+        rows, channels, pixels, CHANNELS_LAST, BLOCK_R, BLOCK_C
+    )
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
     if p_mean is not None:
         mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)

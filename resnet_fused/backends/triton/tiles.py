@@ -113,6 +113,25 @@ def tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def tile_of_program(
+    rows, channels, pixels,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The channels of this program's tile and whether they exist, and the same of its elements.
+
+    Programs of the same rows follow each other.
+    """
+    blocks = tl.cdiv(channels, BLOCK_C)
+    i_r = tl.program_id(0) // blocks
+    i_c = tl.program_id(0) % blocks
+    o_r = i_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
+    return o_c, m_c, offsets, (o_r < rows)[:, None] & m_c[None, :]
+
+
+@triton.jit
 def channel_vector(p_vector, o_c, m_c, default: tl.constexpr):
     """One float32 number for each channel; `default` where there is no vector."""
     if p_vector is None:
