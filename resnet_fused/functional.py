@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from resnet_fused import checks, fold
 from resnet_fused.backends import reference
 from resnet_fused.ops import autograd as _autograd  # noqa: F401  (registers the formulas)
 from resnet_fused.ops import gpu as _gpu  # noqa: F401  (registers the CUDA kernels)
+from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.select import uses_reference
 
@@ -47,7 +49,8 @@ def conv_bn_act(
         groups: number of groups that input and output channels are split into.
         act: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
         negative_slope: of leaky_relu, >= 0.
-        backend: "auto", "native" (compiled CPU code) or "reference" (plain PyTorch).
+        backend: "auto", "native" (compiled CPU code), "triton" (a GPU) or "reference" (plain
+            PyTorch).
 
     Returns:
         (N, K, H', W') in input's dtype, with the strides eager PyTorch gives: channels_last if
@@ -97,10 +100,11 @@ def conv_bn_act(
         if uses_reference(backend, input)
         else torch.ops.resnet_fused.conv_bn_act
     )
-    return run(
-        input, weight, scale, shift, residual,
-        stride, padding, dilation, groups, act, float(negative_slope),
-    )  # fmt: skip
+    with gpu_choice.only_triton() if backend == "triton" else contextlib.nullcontext():
+        return run(
+            input, weight, scale, shift, residual,
+            stride, padding, dilation, groups, act, float(negative_slope),
+        )  # fmt: skip
 
 
 def scale_shift_act(

@@ -105,6 +105,20 @@ def test_precision_follows_torchs_switches() -> None:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def test_a_named_backend_is_never_the_library(hopper: dict[str, str]) -> None:
+    with gpu_choice.only_triton():
+        assert choose() in BY_NAME
+        hopper[gpu_choice.key("inference", PROBLEM, HALF)] = "triton_64x64x64"
+        gpu_choice._chosen.cache_clear()
+        assert choose() == "triton_64x64x64"
+        many = torch.empty(2**20, 64, 64, 64, dtype=HALF, device="meta")
+        with pytest.raises(RuntimeError, match="triton"):
+            gpu_choice.choose("inference", many, WEIGHT, *GEOMETRY)
+    gpu_choice._chosen.cache_clear()
+    hopper.clear()
+    assert choose() == LIBRARY
+
+
 def test_names_are_distinct() -> None:
     assert len({c.name for c in CONFIGS}) == len(CONFIGS)
     assert not {LIBRARY, CUDNN} & set(BY_NAME)

@@ -9,8 +9,10 @@ Nothing is ever timed while a model runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -31,6 +33,7 @@ MOST_PIXELS = 2**31 - 1
 MOST_GROUPS = 65535
 """The second dimension of a grid (CUDA programming guide, table of limits)."""
 
+_only_triton: ContextVar[bool] = ContextVar("only_triton", default=False)
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -94,13 +97,30 @@ def choose(
     Args:
         input: of which only shape and dtype are read.
     """
-    device = weight.get_device()
-    if not _measured(device):
+    device, forced = weight.get_device(), _only_triton.get()
+    if not (forced or _measured(device)):
         return LIBRARY
     if not all(type(n) is int for n in input.shape):  # symbols: torch.compile, dynamic shapes
         return LIBRARY
     problem = conv_problem(input.shape, weight.shape, stride, padding, dilation, groups)
-    return _chosen(kind, problem, input.dtype, precision(input.dtype), device)
+    name = _chosen(kind, problem, input.dtype, precision(input.dtype), device)
+    if not forced or name in configs.BY_NAME:
+        return name
+    allowed = admitted(kind, problem, input.dtype, support.architecture(device))
+    tiles = [n for n in allowed if n in configs.BY_NAME]
+    if not tiles:
+        raise RuntimeError(f"backend: 'triton' has no tiles for the convolution {problem.geometry}")
+    return tiles[0]
+
+
+@contextlib.contextmanager
+def only_triton() -> Iterator[None]:
+    """In here a convolution is Triton's, by the tiles measured to be best, or the first."""
+    token = _only_triton.set(True)
+    try:
+        yield
+    finally:
+        _only_triton.reset(token)
 
 
 @functools.lru_cache(maxsize=4096)
