@@ -24,7 +24,8 @@ test: .venv/.ready
 # Triton's kernels on CPU tensors, in its interpreter: that wants a process of its own.
 test-triton: .venv/.ready
 	TRITON_INTERPRET=1 RESNET_FUSED_NO_NATIVE=1 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n auto tests/test_triton_ops.py tests/test_triton_models.py
+		$(BIN)/python -m pytest -q -n auto \
+			tests/test_triton_ops.py tests/test_triton_models.py tests/test_triton_tune.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of its own.
 SANITIZED := build/sanitized
@@ -73,7 +74,8 @@ bench: .venv/.ready
 # The options of pytest in pyproject.toml need plug-ins that may be missing.
 BUDGET ?= 300
 TEST_SECONDS ?= 150
-GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_models.py triton_gpu.py capture.py gpu_choice.py)
+GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_models.py triton_tune.py \
+	triton_gpu.py capture.py gpu_choice.py)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -91,10 +91,13 @@ def times(
     """Median milliseconds of everything that runs a problem and agrees with the library."""
     arch = support.architecture(device.index or 0)
     make = {"inference": _inference, "train_output": _train_output, "train_input": _train_input}
+    numbers = problem.batch * problem.channels * problem.size[0] * problem.size[1]
+    copies = max(1, min(_MOST_COPIES, _COLD_BYTES // (numbers * dtype.itemsize)))
+    data = [_Data(problem, dtype, device, i) for i in range(copies)]
     calls: dict[str, Call] = {}
     wanted: Sequence[Tensor] = ()
     for name in gpu_choice.admitted(kind, problem, dtype, arch):
-        ready = list(make[kind](name, problem, dtype, device))
+        ready = [make[kind](name, d) for d in data]
         try:
             found = _tensors(ready[0]())
             torch.cuda.synchronize(device)
@@ -135,89 +138,65 @@ def _noise(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 
 class _Data:
-    """Tensors of a problem, alike for every kernel; x differs from set to set."""
+    """Tensors of a problem; what is large differs from set to set."""
 
     def __init__(self, p: ConvProblem, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         noise = partial(_noise, dtype=dtype, device=device)
         vector = partial(_noise, dtype=statistics_dtype(dtype), device=device)
         fan = p.channels // p.groups * p.kernel[0] * p.kernel[1]
-        self.x = noise(p.batch, p.channels, *p.size, seed=seed)
+        self.x = noise(p.batch, p.channels, *p.size, seed=100 + seed)
+        self.grad = noise(p.batch, p.out_channels, *p.out_size, seed=200 + seed)
         self.weight = noise(p.out_channels, p.channels // p.groups, *p.kernel, seed=1) / fan**0.5
         self.scale = vector(p.out_channels, seed=2).abs() + 0.5
         self.shift = vector(p.out_channels, seed=3)
-        self.mean, self.bias = vector(p.channels, seed=4), vector(p.channels, seed=5)
-        self.var = vector(p.channels, seed=6).abs() + 0.5
-        self.gamma = vector(p.channels, seed=7).abs() + 0.5
+        folded = self.weight.to(self.scale.dtype) * self.scale[:, None, None, None]
+        self.folded = folded.to(dtype)
         self.geometry = (list(p.stride), list(p.padding), list(p.dilation), p.groups)
+        self.norm = gpu.kernels("conv_bn_act").Norm(
+            vector(p.channels, seed=4), vector(p.channels, seed=5).abs() + 0.5,
+            vector(p.channels, seed=6).abs() + 0.5, vector(p.channels, seed=7), 1e-5, "relu", 0.0,
+        )  # fmt: skip
+        self.precision = gpu_choice.precision(dtype)
 
 
-def _sets(p: ConvProblem, dtype: torch.dtype, device: torch.device) -> Iterator[_Data]:
-    numbers = p.batch * p.channels * p.size[0] * p.size[1]
-    copies = max(1, min(_MOST_COPIES, _COLD_BYTES // (numbers * dtype.itemsize)))
-    return (_Data(p, dtype, device, 100 + i) for i in range(copies))
+def _inference(name: str, d: _Data) -> Call:
+    weight, scale = (d.folded, None) if name == gpu_choice.CUDNN else (d.weight, d.scale)
+    return partial(
+        gpu.run_conv, name, d.x, weight, scale, d.shift, None, *d.geometry, "relu", 0.0
+    )  # fmt: skip
 
 
-def _inference(
-    name: str, p: ConvProblem, dtype: torch.dtype, device: torch.device
-) -> Iterator[Call]:
-    for d in _sets(p, dtype, device):
-        weight, scale = d.weight, d.scale
-        if name == gpu_choice.CUDNN:
-            folded = weight.to(scale.dtype) * scale[:, None, None, None]
-            yield partial(
-                gpu.run_conv, name, d.x, folded.to(dtype), None, d.shift, None, *d.geometry,
-                "relu", 0.0,
-            )  # fmt: skip
-        else:
-            yield partial(
-                gpu.run_conv, name, d.x, weight, scale, d.shift, None, *d.geometry, "relu", 0.0
-            )
+def _train_output(name: str, d: _Data) -> Call:
+    ops = torch.ops.resnet_fused
+
+    def library() -> tuple[Tensor, ...]:
+        z = torch.conv2d(ops.normalize_act(d.x, None, *d.norm), d.weight, None, *d.geometry)
+        return z, *ops.batch_statistics(z)
+
+    if name == LIBRARY:
+        return library
+    return partial(
+        gpu.kernels("conv_bn_act").train_conv, d.x, d.norm, d.weight, None, *d.geometry,
+        configs.BY_NAME[name], d.precision,
+    )  # fmt: skip
 
 
-def _train_output(
-    name: str, p: ConvProblem, dtype: torch.dtype, device: torch.device
-) -> Iterator[Call]:
-    launchers, ops = gpu.kernels("conv_bn_act"), torch.ops.resnet_fused
-    for d in _sets(p, dtype, device):
-        norm = launchers.Norm(d.mean, d.var, d.gamma, d.bias, 1e-5, "relu", 0.0)
+def _train_input(name: str, d: _Data) -> Call:
+    stride, padding, dilation, groups = d.geometry
 
-        def library(d: _Data = d, norm: Any = norm) -> tuple[Tensor, ...]:
-            z = torch.conv2d(ops.normalize_act(d.x, None, *norm), d.weight, None, *d.geometry)
-            return z, *ops.batch_statistics(z)
+    def library() -> tuple[Tensor, ...]:
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            d.grad, d.x, d.weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [True, False, False],
+        )  # fmt: skip
+        _, *sums = torch.ops.resnet_fused.bn_act_backward_sums(
+            grad_x, d.x, None, None, *d.norm, False
+        )
+        return grad_x, *sums
 
-        if name == LIBRARY:
-            yield library
-        else:
-            precision = gpu_choice.precision(dtype)
-            yield partial(
-                launchers.train_conv, d.x, norm, d.weight, None, *d.geometry,
-                configs.BY_NAME[name], precision,
-            )  # fmt: skip
-
-
-def _train_input(
-    name: str, p: ConvProblem, dtype: torch.dtype, device: torch.device
-) -> Iterator[Call]:
-    launchers, ops = gpu.kernels("conv_bn_act"), torch.ops.resnet_fused
-    for i, d in enumerate(_sets(p, dtype, device)):
-        norm = launchers.Norm(d.mean, d.var, d.gamma, d.bias, 1e-5, "relu", 0.0)
-        size = (p.batch, p.out_channels, *p.out_size)
-        grad = _noise(*size, dtype=dtype, device=device, seed=200 + i)
-        _, padding, dilation, _ = d.geometry
-
-        def library(d: _Data = d, norm: Any = norm, grad: Tensor = grad) -> tuple[Tensor, ...]:
-            stride, padding, dilation, groups = d.geometry
-            grad_x, _, _ = torch.ops.aten.convolution_backward(
-                grad, d.x, d.weight, None, stride, padding, dilation, False, [0, 0], groups,
-                [True, False, False],
-            )  # fmt: skip
-            sums = ops.bn_act_backward_sums(grad_x, d.x, None, None, *norm, False)
-            return grad_x, *sums[1:]
-
-        if name == LIBRARY:
-            yield library
-        else:
-            yield partial(
-                launchers.train_conv_backward_input, grad, d.weight, padding, dilation, None,
-                d.x, norm, configs.BY_NAME[name], gpu_choice.precision(dtype),
-            )  # fmt: skip
+    if name == LIBRARY:
+        return library
+    return partial(
+        gpu.kernels("conv_bn_act").train_conv_backward_input, d.grad, d.weight, padding, dilation,
+        None, d.x, d.norm, configs.BY_NAME[name], d.precision,
+    )  # fmt: skip
