@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,35 +11,43 @@ from resnet_fused.backends.triton import configs
 from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.gpu import kernels
 
-if TYPE_CHECKING:
-    from resnet_fused.ops.train_conv import Conv, Normalised, Source
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation and groups."""
 
 
 def forward(
-    data: Tensor, source: Source, conv: Conv, algorithm: str
+    data: Tensor,
+    norm: Sequence[Any] | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z = conv(source), and the mean and biased variance of its channels.
+    """z = conv(act(bn(data))), and the mean and biased variance of its channels.
 
     Args:
-        data: of the source, before it is normalised.
+        norm: mean, variance, weight, bias, eps, act and negative slope; None for conv(data).
         algorithm: a name of :data:`configs.BY_NAME`.
     """
-    return kernels("conv_bn_act").train_conv(
-        data, None if source is data else _norm(source), *conv.parameters(data.dtype),
-        conv.stride, conv.padding, conv.dilation, conv.groups,
-        configs.BY_NAME[algorithm], gpu_choice.precision(data.dtype),
-    )  # fmt: skip
+    file = kernels("conv_bn_act")
+    before = None if norm is None else file.Norm(*norm)
+    config, precision = configs.BY_NAME[algorithm], gpu_choice.precision(data.dtype)
+    return file.train_conv(data, before, weight, bias, *geometry, config, precision)
 
 
 def backward_input(
-    grad: Tensor, source: Normalised, conv: Conv, residual: Tensor | None, algorithm: str
+    grad: Tensor,
+    z: Tensor,
+    norm: Sequence[Any],
+    weight: Tensor,
+    residual: Tensor | None,
+    geometry: Geometry,
+    algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of the source plus `residual`, and those of its batch norm's weight and bias."""
-    return kernels("conv_bn_act").train_conv_backward_input(
-        grad, conv.parameters(grad.dtype)[0], conv.padding, conv.dilation, residual,
-        source.z, _norm(source), configs.BY_NAME[algorithm], gpu_choice.precision(grad.dtype),
+    """The gradient of act(bn(z)) plus `residual`, and those of the batch norm's weight and bias."""
+    file = kernels("conv_bn_act")
+    _, padding, dilation, _ = geometry
+    return file.train_conv_backward_input(
+        grad, weight, padding, dilation, residual, z, file.Norm(*norm),
+        configs.BY_NAME[algorithm], gpu_choice.precision(grad.dtype),
     )  # fmt: skip
-
-
-def _norm(source: Any) -> Any:
-    return kernels("conv_bn_act").Norm(*source[1:])

@@ -224,7 +224,8 @@ def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
         )  # fmt: skip
         return z, *_ops.batch_statistics(z)
     if support.on_gpu(data):
-        return gpu_train.forward(data, source, conv, algorithm)
+        norm = source[1:] if isinstance(source, Normalised) else None
+        return gpu_train.forward(data, norm, *conv.parameters(data.dtype), conv[2:6], algorithm)
     parameters = conv.parameters(torch.float32)
     return _ops._train_conv(data, *_before(source), *parameters, conv.geometry, algorithm)
 
@@ -250,8 +251,9 @@ def backward(
         gradient = _computed(gradient)
         if needs_input and chosen.input != LIBRARY and isinstance(source, Normalised):
             grad_input, *both = gpu_train.backward_input(
-                gradient, source, conv, residual, chosen.input
-            )
+                gradient, source.z, source[1:], conv.parameters(data.dtype)[0], residual,
+                conv[2:6], chosen.input,
+            )  # fmt: skip
             sums = Sums(*both)
     own_input = needs_input and not support.on_gpu(data) and chosen.input != LIBRARY
     own_weight = needs_weight and chosen.weight != LIBRARY
