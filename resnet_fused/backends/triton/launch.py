@@ -1,18 +1,14 @@
-"""Starting Triton kernels: whether they can run here, on which device, and inside a trace.
-
-Triton is imported with this file, so nothing imports it before a kernel is wanted.
-"""
+"""Starting Triton kernels: on which device, and inside a trace."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 Grid = Sequence[int]
 
@@ -49,16 +45,10 @@ def launch(kernel: Any, grid: Grid, anchor: Tensor, *args: Any, **meta: Any) -> 
         kernel[grid](*args, **meta)
 
 
-def is_interpreted(kernel: Any) -> bool:
-    """Whether a kernel runs on CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1)."""
-    return isinstance(kernel, InterpretedFunction)
-
-
 def compiled_kernels() -> list[tuple[str, Any]]:
     """Every kernel that this process has compiled so far, by name; one may be there many times."""
     found = []
     for name, kernel in _launched.items():
-        caches: Callable[[], Any] | dict[Any, Any] = getattr(kernel, "device_caches", {})
-        for entry in dict(caches).values():  # type: ignore[arg-type]
-            found += [(name, compiled) for compiled in entry[0].values()]
+        for cache, *_ in getattr(kernel, "device_caches", {}).values():
+            found += [(name, compiled) for compiled in cache.values()]
     return found
