@@ -25,7 +25,8 @@ test: .venv/.ready
 test-triton: .venv/.ready
 	TRITON_INTERPRET=1 RESNET_FUSED_NO_NATIVE=1 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q -n auto \
-			tests/test_triton_ops.py tests/test_triton_models.py tests/test_triton_tune.py
+			tests/test_triton_ops.py tests/test_triton_train.py tests/test_triton_models.py \
+			tests/test_triton_tune.py
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of its own.
 SANITIZED := build/sanitized
@@ -74,7 +75,7 @@ bench: .venv/.ready
 # The options of pytest in pyproject.toml need plug-ins that may be missing.
 BUDGET ?= 300
 TEST_SECONDS ?= 150
-GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_models.py triton_tune.py \
+GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_train.py triton_models.py triton_tune.py \
 	triton_gpu.py capture.py gpu_choice.py)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \

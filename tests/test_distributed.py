@@ -77,7 +77,7 @@ def worker(
         dist.barrier()  # nobody leaves while another still talks to it
     finally:
         # DistributedDataParallel is in a reference cycle and holds the group, whose threads would
-        # meet the end of the process otherwise: std::terminate, once in ten runs.
+        # meet the end of the process otherwise, now and then as std::terminate.
         gc.collect()
         dist.destroy_process_group()
 
