@@ -1,10 +1,10 @@
 """What runs a convolution on a GPU: PyTorch's own and one fused pass, or a kernel that was faster.
 
 The default everywhere is :data:`LIBRARY`: the convolution that eager PyTorch would call, then
-scale, shift, residual and activation in one pass over its output, which replaces two to four: it
-cannot be slower than eager PyTorch. Anything else runs only for a problem for which it was measured
-to be faster on this GPU with these versions (``python -m resnet_fused tune --device cuda``).
-Nothing is ever timed while a model runs.
+scale, shift, residual and activation in one pass over its output, which replaces two to four.
+Where launches count and not passes (small batches), it can be slower than eager PyTorch. Anything
+else runs only for a problem for which it was measured to be faster on this GPU with these versions
+(``python -m resnet_fused tune --device cuda``). Nothing is ever timed while a model runs.
 """
 
 from __future__ import annotations
