@@ -109,21 +109,9 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> float:
 
     all_of_them()  # compiles, and lets the libraries choose
     torch.cuda.synchronize(device)
-    replay = _recorded(all_of_them) or all_of_them
+    replay = measure.recorded(all_of_them, device)
     timings = measure.interleave({"calls": replay}, repeats=_REPEATS, device=device)
     return timings["calls"].median_ms / len(calls)
-
-
-def _recorded(call: Call) -> Call | None:
-    """`call` as a CUDA graph; None where it cannot be one, because it waits for the GPU."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
 
 
 def print_rows(rows: Sequence[Row], title: str) -> None:

@@ -46,8 +46,23 @@ class Kept(Generic[T]):
             return kept[2]
         with self._lock, torch.no_grad():
             value = make()
-            self._kept = key, sources, value
+            if _finished(sources):
+                self._kept = key, sources, value
         return value
+
+
+def _finished(sources: Sequence[Tensor | None]) -> bool:
+    """Wait until a GPU has computed what was made, as any stream may read it from now on.
+
+    False while a CUDA graph is recorded: nothing is computed then, and the memory is the graph's.
+    """
+    device = next((t.device for t in sources if t is not None and t.is_cuda), None)
+    if device is None or not torch.cuda.is_initialized():
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    torch.cuda.current_stream(device).synchronize()
+    return True
 
 
 def _state(tensors: Sequence[Tensor | None]) -> object:

@@ -11,10 +11,10 @@ from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import BY_NAME, CONFIGS, SHARED_BYTES, candidates
 from resnet_fused.conv_choice import LIBRARY, ConvProblem
 from resnet_fused.ops import gpu_choice
-from resnet_fused.ops.gpu_choice import CUDNN, Kind
+from resnet_fused.ops.gpu_choice import Kind
 
 HALF = torch.float16
-X = torch.empty(8, 64, 56, 56, dtype=HALF, device="meta")
+X = torch.empty(8, 64, 56, 56, dtype=HALF, device="meta", memory_format=torch.channels_last)
 WEIGHT = torch.empty(64, 64, 3, 3, dtype=HALF, device="meta")
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
 PROBLEM = gpu_choice.conv_problem(X.shape, WEIGHT.shape, *GEOMETRY)
@@ -41,12 +41,29 @@ def test_the_library_is_the_default(hopper: dict[str, str]) -> None:
     assert choose() == LIBRARY
 
 
-@pytest.mark.parametrize("kind", ["inference", "train_output", "train_input"])
+KINDS: tuple[Kind, ...] = ("inference", "train_output", "train_behind_norm", "train_input")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_measured_choice_is_taken(kind: Kind, hopper: dict[str, str]) -> None:
     hopper[gpu_choice.key(kind, PROBLEM, HALF)] = "triton_64x64x64"
     assert choose(kind) == "triton_64x64x64"
-    others: set[Kind] = {"inference", "train_output", "train_input"} - {kind}  # type: ignore[assignment]
-    assert all(choose(other) == LIBRARY for other in others)
+    assert all(choose(other) == LIBRARY for other in KINDS if other != kind)
+
+
+def test_tiles_are_for_channels_last_only(hopper: dict[str, str]) -> None:
+    """What they return is channels_last, as eager PyTorch's output would not be."""
+    hopper[gpu_choice.key("inference", PROBLEM, HALF)] = "triton_64x64x64"
+    contiguous = X.contiguous()
+    assert gpu_choice.choose("inference", contiguous, WEIGHT, *GEOMETRY) == LIBRARY
+
+
+def test_what_is_asked_is_collected(hopper: dict[str, str]) -> None:
+    hopper[gpu_choice.key("inference", PROBLEM, HALF)] = "triton_64x64x64"
+    with gpu_choice.asked() as found:
+        assert choose() == LIBRARY == choose("train_input")
+    assert found == {("inference", PROBLEM), ("train_input", PROBLEM)}
+    assert choose() == "triton_64x64x64"
 
 
 @pytest.mark.parametrize(
@@ -56,12 +73,6 @@ def test_a_poisoned_choice_is_ignored(name: str, hopper: dict[str, str]) -> None
     """TMA is for 1x1 convolutions only; the others are no names here."""
     hopper[gpu_choice.key("inference", PROBLEM, HALF)] = name
     assert choose() == LIBRARY
-
-
-def test_cudnn_is_for_evaluation_only(hopper: dict[str, str]) -> None:
-    for kind in ("inference", "train_output"):
-        hopper[gpu_choice.key(kind, PROBLEM, HALF)] = CUDNN  # type: ignore[arg-type]
-    assert choose() == CUDNN and choose("train_output") == LIBRARY
 
 
 def test_what_cannot_be_is_not_admitted() -> None:
@@ -75,7 +86,7 @@ def test_what_cannot_be_is_not_admitted() -> None:
     assert names("train_input", groups=2) == library
     assert names("train_input", padding=(3, 3)) == library
     assert names("train_output", torch.float32) == library
-    assert names("inference", batch=2**20, size=(56, 56)) == {LIBRARY, CUDNN}
+    assert names("inference", batch=2**20, size=(56, 56)) == library
     one = {"kernel": (1, 1), "padding": (0, 0)}
     assert {n for n in names("inference", **one) if "tma" in n}
     assert not {n for n in names("inference", arch=80, **one) if "tma" in n}
@@ -121,7 +132,7 @@ def test_a_named_backend_is_never_the_library(hopper: dict[str, str]) -> None:
 
 def test_names_are_distinct() -> None:
     assert len({c.name for c in CONFIGS}) == len(CONFIGS)
-    assert not {LIBRARY, CUDNN} & set(BY_NAME)
+    assert LIBRARY not in BY_NAME
 
 
 def test_support_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

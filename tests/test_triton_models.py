@@ -20,7 +20,6 @@ from resnet_fused import fuse
 from resnet_fused.backends.triton.configs import Config
 from resnet_fused.benchmark.measure import saved_bytes
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
-from resnet_fused.modules.conv_bn_act import fold_for_gpu
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", gpus_place.__name__)]
 
@@ -172,15 +171,3 @@ def test_contiguous_models_stay_contiguous() -> None:
 def test_float64_runs_as_eager() -> None:
     model, x = block("basic").double(), images("basic").double()
     assert torch.equal(fuse(model)(x), copy.deepcopy(model)(x))
-
-
-def test_fold_into_the_weight_leaves_no_scale() -> None:
-    """What cuDNN's fused convolution takes."""
-    model, x = block("basic").eval(), images("basic")
-    conv, bn = model.get_submodule("conv1"), model.get_submodule("bn1")
-    assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d)
-    with torch.no_grad():
-        weight, scale, shift = fold_for_gpu(conv, bn, torch.float32, into_weight=True)
-        assert scale is None and shift is not None
-        y = torch.conv2d(x, weight, shift, conv.stride, conv.padding)
-        assert torch.allclose(y, bn(conv(x)), atol=1e-5)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from resnet_fused.backends.triton import (
     scale_shift_act,
     support,
 )
+from resnet_fused.benchmark.measure import tensor_float_32
 from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.ops import gpu, gpu_choice
 
@@ -52,9 +54,10 @@ DOT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
 @pytest.fixture(autouse=True)
 def gpus_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Import this into a test file: CPU tensors go where CUDA tensors would, if there is no GPU."""
-    monkeypatch.setattr(support, "LEAST_TRAINING_BYTES", 0)
+    monkeypatch.setattr(support, "LEAST_GRADIENT_BYTES", 0)
     if HAS_GPU:
-        yield
+        with tensor_float_32(False):
+            yield
         return
     monkeypatch.setattr(support, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(support, "_unsupported", lambda device: None)
@@ -62,13 +65,10 @@ def gpus_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu_choice, "_measured", lambda device: {})
     monkeypatch.setattr(interpreter.ReduceOps, "sum", _sum_in_a_tree)
     library = torch.library.Library("resnet_fused", "IMPL")
-    for name in (*gpu._FILES, "conv_bn_act"):
-        run = (
-            gpu.conv_bn_act
-            if name == "conv_bn_act"
-            else gpu._implementation(name, gpu._FILES[name])
-        )
-        library.impl(name, run, "CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one kernel in another's place is what is wanted
+        for name, run in gpu.implementations().items():
+            library.impl(name, run, "CPU", allow_override=True)
     yield
     library._destroy()
 
@@ -107,6 +107,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, config: configs.Config | str) -> Ite
         if not isinstance(config, str):
             patch.setattr(configs, "BY_NAME", {**configs.BY_NAME, name: config})
         patch.setattr(gpu_choice, "choose", choose)
+        patch.setattr(gpu_choice, "generation", object())
         yield
 
 

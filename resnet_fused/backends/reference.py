@@ -17,15 +17,19 @@ from resnet_fused.ops.schema import statistics_dtype
 
 def activation(name: str, negative_slope: float) -> Callable[[Tensor], Tensor]:
     """The activation called `name` as a function of one tensor."""
-    return {
-        "none": lambda x: x,
-        "relu": torch.relu,
-        "relu6": F.relu6,
-        "leaky_relu": lambda x: F.leaky_relu(x, negative_slope),
-        "silu": F.silu,
-        "hardswish": F.hardswish,
-        "gelu": F.gelu,
-    }[name]
+    if name == "leaky_relu":
+        return lambda x: F.leaky_relu(x, negative_slope)
+    return _ACTIVATIONS[name]
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+}
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:

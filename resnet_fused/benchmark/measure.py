@@ -92,6 +92,21 @@ def interleave(
     return {name: summarise(times) for name, times in samples.items()}
 
 
+def recorded(call: Call, device: torch.device) -> Call:
+    """`call` as a CUDA graph, which no Python slows down; itself where it cannot be one.
+
+    It must have run before, so that nothing is compiled or chosen while it is recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            call()
+    except RuntimeError:  # it waits for the GPU
+        torch.cuda.synchronize(device)
+        return call
+    return graph.replay
+
+
 def calls_a_sample(call_ms: float) -> int:
     """How many calls that take so long on a GPU make one sample."""
     return 1 if call_ms >= _SHORT_MS else math.ceil(_SAMPLE_MS / max(call_ms, 1e-3))

@@ -20,6 +20,7 @@ from resnet_fused.modules.batch_norm import (
     uses_batch_statistics,
 )
 from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops import gpu
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.ops.select import native_unusable
 from resnet_fused.ops.synchronise import SyncBatchNormAct
@@ -49,6 +50,10 @@ class BNAct:
         overwrite: bool = False,
     ) -> Tensor | Deferred:
         """`overwrite` says that nobody else holds `input`, so that it may become the output."""
+        if support.on_gpu(input):
+            output = self._fixed_on_gpu(input, bn, residual)
+            if output is not None:
+                return output
         check_input(bn, input)
         group = process_group(bn)
         # A process without images takes part all the same: the others wait for its sums.
@@ -85,6 +90,30 @@ class BNAct:
         update_running_statistics(bn, mean, var, input.numel() // input.shape[1])
         return output
 
+    def _fixed_on_gpu(
+        self, input: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None
+    ) -> Tensor | None:
+        """With fixed statistics and without a gradient, in as little Python as can be."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or uses_batch_statistics(bn)
+            or support.unusable(input) is not None
+            or input.layout != torch.strided
+            or not _addable(residual, input)
+        ):
+            return None
+        vectors = self._vectors(bn, torch.float32)
+        if input.dim() != 4 or input.shape[1:2] != vectors[0].shape:
+            return None
+        if input.device != vectors[0].device:
+            return None
+        arguments = (input, *vectors, residual, self.act, self.negative_slope)
+        if gpu.unseen(input):
+            output: Tensor = gpu.kernels("scale_shift_act").scale_shift_act(*arguments)
+            return output
+        return torch.ops.resnet_fused.scale_shift_act(*arguments)
+
     def _vectors(self, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sources = statistics_and_affine(bn)
         mean, var, weight, bias = sources
@@ -112,7 +141,8 @@ def _plain(input: Tensor, bn: nn.BatchNorm2d) -> bool:
     if support.on_gpu(input) and not torch.compiler.is_compiling():
         if support.unusable(input) is not None:
             return False
-        if uses_batch_statistics(bn) and not support.pays_in_training(input):
+        records = torch.is_grad_enabled() or uses_batch_statistics(bn)
+        if records and not support.pays_with_gradient(input):
             return False
     return input.dtype in DTYPES and input.layout == torch.strided
 

@@ -12,20 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import fold
 from resnet_fused.backends import onednn
 from resnet_fused.backends.triton import support
-from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import uses_batch_statistics
 from resnet_fused.modules.bn_act import BNAct
+from resnet_fused.modules.conv_on_gpu import ConvOnGpu, vectors_of
 from resnet_fused.modules.deferred import Deferred
-from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size, is_channels_last, statistics_dtype
-from resnet_fused.packing import PackedConv, conv_padding, statistics_and_affine
-
-FoldedVectors = tuple[Tensor, Tensor | None, Tensor | None]
-"""A convolution's weight, and scale and shift of what follows it."""
+from resnet_fused.packing import PackedConv, conv_padding
 
 
 @dataclass(slots=True)
@@ -39,7 +34,7 @@ class ConvBNAct:
 
     after: BNAct
     packed: PackedConv = field(default_factory=PackedConv, compare=False)
-    folded: Kept[FoldedVectors] = field(default_factory=Kept, compare=False)
+    on_gpu: ConvOnGpu = field(default_factory=ConvOnGpu, compare=False)
 
     def __call__(
         self,
@@ -50,6 +45,8 @@ class ConvBNAct:
     ) -> Tensor | Deferred:
         if isinstance(input, Deferred):
             z = _convolve_deferred(input, conv)
+        elif plain_is_faster(input):
+            return self.plain(input, conv, bn, residual)
         else:
             output = self._fixed(input, conv, bn, residual)
             if output is not None:
@@ -58,6 +55,17 @@ class ConvBNAct:
         if bn is None:
             return self.after.finish(z, residual)
         return self.after(z, bn, residual, overwrite=not torch.compiler.is_compiling())
+
+    def plain(
+        self,
+        input: Tensor,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The modules one after the other, as eager PyTorch."""
+        z = conv(input)
+        return self.after.finish(z if bn is None else bn(z), residual)
 
     def _fixed(
         self,
@@ -71,8 +79,11 @@ class ConvBNAct:
             return None
         if torch.is_grad_enabled() and any_requires_grad(input, conv, bn, residual):
             return None
-        if support.on_gpu(input) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._operator(input, conv, bn, residual)
+        options = (self.after.act, self.after.negative_slope)
+        if support.on_gpu(input):
+            return self.on_gpu(input, conv, bn, residual, *options)
         data = input
         if torch.is_autocast_enabled("cpu"):
             (data,) = cast_for_autocast(input.device, input)
@@ -83,7 +94,6 @@ class ConvBNAct:
             or onednn.unusable(data.dtype) is not None
         ):
             return None
-        options = (self.after.act, self.after.negative_slope)
         return self.packed(data, conv, bn, residual, *options)
 
     def _operator(
@@ -93,52 +103,28 @@ class ConvBNAct:
         bn: nn.BatchNorm2d | None,
         residual: Tensor | None,
     ) -> Tensor | None:
+        """As one node of the graph that torch.compile or torch.export makes."""
         data, weight, bias = cast_for_autocast(input.device, input, conv.weight, conv.bias)
         if not sound(data, weight, bias, conv, residual):
             return None
         padding = conv_padding(conv)
         assert padding is not None  # the matcher leaves such convolutions alone
-        options = (list(conv.stride), padding, list(conv.dilation), conv.groups)
-        act = self.after.act
-        if torch.compiler.is_compiling():
-            scale, shift = vectors_of(conv, bn, statistics_dtype(data.dtype))
-        elif support.unusable(data) is not None:
-            return None  # eager PyTorch's own kernels are faster than the plain formula
-        else:
-            chosen = gpu_choice.choose("inference", data, weight, *options)
-            into_weight = chosen == gpu_choice.CUDNN and act == "relu"
-            weight, scale, shift = self.folded.get(
-                (data.dtype, None if bn is None else bn.eps, into_weight),
-                (conv.weight, conv.bias, *statistics_and_affine(bn)),
-                lambda: fold_for_gpu(conv, bn, data.dtype, into_weight),
-            )
+        scale, shift = vectors_of(conv, bn, statistics_dtype(data.dtype))
         return torch.ops.resnet_fused.conv_bn_act(
-            data, weight, scale, shift, residual, *options, act, self.after.negative_slope
-        )
+            data, weight, scale, shift, residual,
+            list(conv.stride), padding, list(conv.dilation), conv.groups,
+            self.after.act, self.after.negative_slope,
+        )  # fmt: skip
 
 
-def vectors_of(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift of what follows a convolution without its bias."""
-    if bn is None:
-        return None, None if conv.bias is None else conv.bias.to(dtype)
-    assert bn.running_mean is not None and bn.running_var is not None
-    return fold.scale_and_shift(
-        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-        conv_bias=conv.bias, dtype=dtype,
-    )  # fmt: skip
-
-
-def fold_for_gpu(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d | None, dtype: torch.dtype, into_weight: bool
-) -> FoldedVectors:
-    """Weight, scale and shift as the operator takes them; `into_weight` leaves no scale."""
-    weight, vectors = conv.weight, statistics_dtype(dtype)
-    scale, shift = vectors_of(conv, bn, vectors)
-    if into_weight and scale is not None:
-        weight, scale = weight.to(vectors) * scale[:, None, None, None], None
-    return weight.to(dtype), scale, shift
+def plain_is_faster(input: Tensor) -> bool:
+    """Whether a GPU would wait for our Python longer than it gains by our kernels."""
+    return (
+        support.on_gpu(input)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not support.pays_with_gradient(input)
+    )
 
 
 def any_requires_grad(

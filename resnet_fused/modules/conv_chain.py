@@ -17,7 +17,7 @@ from resnet_fused import policy
 from resnet_fused.backends.native_conv import NativeConv, Program, Wired, unusable
 from resnet_fused.kept import Kept
 from resnet_fused.modules.batch_norm import uses_batch_statistics
-from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad
+from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad, plain_is_faster
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.modules.train import Training
 from resnet_fused.ops.schema import is_channels_last
@@ -48,14 +48,16 @@ class ConvBlock:
         return 2 * len(self.steps)
 
     def __call__(self, input: Tensor | Deferred, *modules: Any) -> Tensor | Deferred:
-        output = self.training.run(input, modules)
+        plain = not self.low_memory and isinstance(input, Tensor) and plain_is_faster(input)
+        output = None if plain else self.training.run(input, modules)
         if output is not None:
             return output
         values: list[Any] = [input, None]
         for i, (step, wired) in enumerate(zip(self.steps, self.wiring, strict=True)):
             conv, bn = modules[2 * i : 2 * i + 2]
             residual = None if wired.residual < 0 else values[wired.residual]
-            values.append(step(values[wired.input], conv, bn, residual))
+            run = step.plain if plain else step
+            values.append(run(values[wired.input], conv, bn, residual))
         return values[-1]
 
     def prepare(

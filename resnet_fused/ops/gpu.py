@@ -9,6 +9,7 @@ keeps the operators.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from resnet_fused.backends import reference
 from resnet_fused.backends.triton import configs, support
 from resnet_fused.ops import gpu_choice
-from resnet_fused.ops.schema import NAMESPACE, conv_output_size, statistics_dtype
+from resnet_fused.ops.schema import (
+    NAMESPACE,
+    conv_output_size,
+    is_channels_last,
+    statistics_dtype,
+)
 
 _FILES = {
     "scale_shift_act": "scale_shift_act",
@@ -40,48 +46,84 @@ _LIKE_OUTPUT = {"residual", "output", "grad_output"}
 _library = torch.library.Library(NAMESPACE, "IMPL")
 
 
+@functools.cache
 def kernels(file: str) -> Any:
     """A file of backends/triton. It imports Triton, which takes a second: not before it is used."""
     return importlib.import_module(f"resnet_fused.backends.triton.{file}")
 
 
+def unseen(tensor: Tensor) -> bool:
+    """Whether nothing wants to see operators, so that a kernel may be called without one."""
+    return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
+
+
 def _implementation(name: str, file: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.resnet_fused, name).default
-    names = tuple(a.name for a in operator._schema.arguments)
+    names = [a.name for a in operator._schema.arguments]
     place = names.index("input")
+    vectors = [i for i, n in enumerate(names) if n in _PER_CHANNEL]
+    images = [i for i, n in enumerate(names) if n in _LIKE_OUTPUT]
     plain = getattr(reference, name)
 
     def run(*args: Any) -> Any:
         input = args[place]
         if support.unusable(input) is not None:
             return plain(*args)
-        fitting = (_fitting(n, v, input.shape, input) for n, v in zip(names, args, strict=True))
+        fitting = list(args)
+        for i in vectors:
+            fitting[i] = _vector(names[i], args[i], input.shape[1], input)
+        for i in images:
+            _demand_image(names[i], args[i], input.shape, input)
         return getattr(kernels(file), name)(*fitting)
 
     return run
 
 
-def _fitting(name: str, value: Any, size: Sequence[int], input: Tensor) -> Any:
-    """An argument that a kernel may read: lengths, dtypes and devices are looked at every time.
-
-    Args:
-        size: of the operator's output.
-    """
-    if not isinstance(value, Tensor) or name not in _PER_CHANNEL | _LIKE_OUTPUT:
-        return value
-    each = name in _PER_CHANNEL
-    wanted = (size[1],) if each else tuple(size)
-    dtypes = (statistics_dtype(input.dtype), input.dtype) if each else (input.dtype,)
-    if tuple(value.shape) != wanted or value.dtype not in dtypes or value.device != input.device:
-        raise ValueError(
-            f"{name}: expected shape {wanted}, {dtypes[0]}, on {input.device}, got "
-            f"{tuple(value.shape)}, {value.dtype}, on {value.device}"
-        )
-    return value.contiguous() if each else value
+def _vector(name: str, vector: Tensor | None, channels: int, input: Tensor) -> Tensor | None:
+    """An argument that a kernel may read; length, dtype and device are looked at every time."""
+    if vector is None:
+        return None
+    wide = statistics_dtype(input.dtype)
+    if (
+        vector.shape != (channels,)
+        or vector.dtype not in (wide, input.dtype)
+        or vector.device != input.device
+    ):
+        raise ValueError(f"{name}: expected {wide}, {_expected((channels,), input)}{_got(vector)}")
+    return vector if vector.is_contiguous() else vector.contiguous()
 
 
-for _name, _file in _FILES.items():
-    _library.impl(_name, _implementation(_name, _file), "CUDA")
+def _demand_image(name: str, image: Tensor | None, size: Sequence[int], input: Tensor) -> None:
+    """The same of one that has the shape of the operator's output."""
+    if image is None:
+        return
+    if image.shape != size or image.dtype != input.dtype or image.device != input.device:
+        raise ValueError(f"{name}: expected {input.dtype}, {_expected(size, input)}{_got(image)}")
+
+
+def _expected(size: Sequence[int], input: Tensor) -> str:
+    return f"shape {tuple(size)}, on {input.device}"
+
+
+def _got(value: Tensor) -> str:
+    return f", got {value.dtype}, shape {tuple(value.shape)}, on {value.device}"
+
+
+def finish_conv(
+    z: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
+) -> None:
+    """The operator ``_finish_conv_``: z = act(z · scale + shift + residual)."""
+    _demand_image("residual", residual, z.shape, z)
+    channels = z.shape[1]
+    scale, shift = _vector("scale", scale, channels, z), _vector("shift", shift, channels, z)
+    kernels("scale_shift_act").scale_shift_act(
+        z, scale, shift, residual, act, negative_slope, output=z
+    )
 
 
 def conv_bn_act(
@@ -106,9 +148,6 @@ def conv_bn_act(
     return run_conv(name, *tensors, *geometry, act, negative_slope)
 
 
-_library.impl("conv_bn_act", conv_bn_act, "CUDA")
-
-
 def run_conv(
     name: str,
     input: Tensor,
@@ -123,49 +162,32 @@ def run_conv(
     act: str,
     negative_slope: float,
 ) -> Tensor:
-    """:func:`conv_bn_act` by what is named, or as by default where cuDNN has nothing for it."""
+    """:func:`conv_bn_act` by what is named."""
     geometry = (stride, padding, dilation, groups)
-    own = name in configs.BY_NAME
-    by_cudnn = name == gpu_choice.CUDNN and scale is None and act == "relu"
-    if own or by_cudnn:
-        _demand_convolution(input, weight, groups)
-        size = torch.Size(conv_output_size(input.shape, weight, stride, padding, dilation))
-    else:
+    if name not in configs.BY_NAME:
         z = torch.conv2d(input, weight, None, *geometry)
-        if scale is None and shift is None and residual is None and act == "none":
-            return z
-        size = z.shape
-    scale, shift, residual = (
-        _fitting(n, v, size, input)
-        for n, v in (("scale", scale), ("shift", shift), ("residual", residual))
-    )
-    if own:
-        return kernels("conv_bn_act").conv_bn_act(
-            input, weight, scale, shift, residual, *geometry, act, negative_slope,
-            configs.BY_NAME[name], gpu_choice.precision(input.dtype),
-        )  # fmt: skip
-    if by_cudnn:
-        return _cudnn(input, weight, shift, residual, *geometry)
-    run = kernels("scale_shift_act").scale_shift_act
-    return run(z, scale, shift, residual, act, negative_slope, output=z)
+        if not (scale is None and shift is None and residual is None and act == "none"):
+            finish_conv(z, scale, shift, residual, act, negative_slope)
+        return z
+    _demand_convolution(input, weight, groups)
+    size = torch.Size(conv_output_size(input.shape, weight, stride, padding, dilation))
+    scale, shift = _vector("scale", scale, size[1], input), _vector("shift", shift, size[1], input)
+    _demand_image("residual", residual, size, input)
+    y: Tensor = kernels("conv_bn_act").conv_bn_act(
+        input, weight, scale, shift, residual, *geometry, act, negative_slope,
+        configs.BY_NAME[name], gpu_choice.precision(input.dtype),
+    )  # fmt: skip
+    return y if is_channels_last(input) or is_channels_last(weight) else y.contiguous()
 
 
-def _cudnn(
-    input: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """relu(conv(input) + shift (+ residual)) in one call of cuDNN."""
-    bias = None if shift is None else shift.to(input.dtype)
-    options = (bias, stride, padding, dilation, groups)
-    if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(input, weight, *options)
-    return torch.ops.aten.cudnn_convolution_add_relu(input, weight, residual, 1.0, *options)
+def implementations() -> dict[str, Callable[..., Any]]:
+    """What runs each operator."""
+    own = {name: _implementation(name, file) for name, file in _FILES.items()}
+    return {**own, "conv_bn_act": conv_bn_act, "_finish_conv_": finish_conv}
+
+
+for _name, _function in implementations().items():
+    _library.impl(_name, _function, "CUDA")
 
 
 def _demand_convolution(input: Tensor, weight: Tensor, groups: int) -> None:

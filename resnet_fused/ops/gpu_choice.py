@@ -1,10 +1,10 @@
 """What runs a convolution on a GPU: PyTorch's own and one fused pass, or a kernel that was faster.
 
 The default everywhere is :data:`LIBRARY`: the convolution that eager PyTorch would call, then
-scale, shift, residual and activation in one pass over its output, which replaces two to four.
-Where launches count and not passes (small batches), it can be slower than eager PyTorch. Anything
-else runs only for a problem for which it was measured to be faster on this GPU with these versions
-(``python -m resnet_fused tune --device cuda``). Nothing is ever timed while a model runs.
+scale, shift, residual and activation in one pass over its output, which replaces two to four: two
+launches for three or four, and no more Python (``modules/conv_on_gpu.py``). Anything else runs only
+for a problem for which it was measured to be faster on this GPU with these versions (``python -m
+resnet_fused tune --device cuda``). Nothing is ever timed while a model runs.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from torch import Tensor
 from resnet_fused import tuning_cache
 from resnet_fused.backends.triton import configs, support
 from resnet_fused.conv_choice import LIBRARY, ConvProblem, TrainingAlgorithms, turned
+from resnet_fused.ops.schema import is_channels_last
 
-CUDNN = "cudnn"
-"""cuDNN's convolution with bias, residual and relu, of weights that batch norm was folded into."""
+Kind = Literal["inference", "train_output", "train_behind_norm", "train_input"]
+"""Evaluation; training's forward, of a tensor or of act(bn(tensor)); the input's gradient."""
 
-Kind = Literal["inference", "train_output", "train_input"]
-
-MOST_PIXELS = 2**31 - 1
-"""Output pixels (N · H · W) that a kernel can count; offsets of elements have 64 bits."""
+MOST_PIXELS = 2**31 - 256
+"""Output pixels (N · H · W) that a kernel can count, with a tile that reaches past the end; offsets
+of elements have 64 bits.
+"""
 
 MOST_GROUPS = 65535
 """The second dimension of a grid (CUDA programming guide, table of limits)."""
 
 _only_triton: ContextVar[bool] = ContextVar("only_triton", default=False)
+_asked: ContextVar[set[tuple[Kind, ConvProblem]] | None] = ContextVar("asked", default=None)
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -54,27 +56,27 @@ def conv_problem(
 
 def precision(dtype: torch.dtype) -> str:
     """How convolutions multiply numbers by torch's switches: "tf32" or "ieee" (as they are)."""
+    if dtype != torch.float32:
+        return "ieee"
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    tf32 = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
 
 
 def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
     """Everything that may run a problem on a GPU of compute capability `arch`."""
-    names = [LIBRARY, CUDNN] if kind == "inference" else [LIBRARY]
     height, width = problem.out_size
     if problem.batch * height * width > MOST_PIXELS or problem.groups > MOST_GROUPS:
-        return tuple(names)
+        return (LIBRARY,)
     if kind != "inference" and dtype == torch.float32:  # the epilogues' registers do not suffice
-        return tuple(names)
+        return (LIBRARY,)
     if kind == "train_input":
         if problem.stride != (1, 1) or problem.groups > 1:
-            return tuple(names)
+            return (LIBRARY,)
         problem = turned(problem)
         if min(problem.padding) < 0:
-            return tuple(names)
+            return (LIBRARY,)
     found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))
-    return *names, *(config.name for config in found)
+    return LIBRARY, *(config.name for config in found)
 
 
 def key(kind: Kind, problem: ConvProblem, dtype: torch.dtype) -> str:
@@ -92,17 +94,22 @@ def choose(
     dilation: Sequence[int],
     groups: int,
 ) -> str:
-    """:data:`LIBRARY`, :data:`CUDNN` or the name of a Triton kernel's tiles.
+    """:data:`LIBRARY` or the name of a Triton kernel's tiles, which are for channels_last only.
 
     Args:
-        input: of which only shape and dtype are read.
+        input: of which only shape, strides and dtype are read.
     """
-    device, forced = weight.get_device(), _only_triton.get()
-    if not (forced or _measured(device)):
+    device, forced, asked = weight.get_device(), _only_triton.get(), _asked.get()
+    if not (forced or asked is not None or _measured(device)):
         return LIBRARY
     if not all(type(n) is int for n in input.shape):  # symbols: torch.compile, dynamic shapes
         return LIBRARY
+    if not (forced or is_channels_last(input)):
+        return LIBRARY
     problem = conv_problem(input.shape, weight.shape, stride, padding, dilation, groups)
+    if asked is not None:
+        asked.add((kind, problem))
+        return LIBRARY
     name = _chosen(kind, problem, input.dtype, precision(input.dtype), device)
     if not forced or name in configs.BY_NAME:
         return name
@@ -111,6 +118,17 @@ def choose(
     if not tiles:
         raise RuntimeError(f"backend: 'triton' has no tiles for the convolution {problem.geometry}")
     return tiles[0]
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[set[tuple[Kind, ConvProblem]]]:
+    """Collects what there is to choose for; in here the library runs it."""
+    found: set[tuple[Kind, ConvProblem]] = set()
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
 
 
 @contextlib.contextmanager
@@ -132,12 +150,21 @@ def _chosen(
     return name if name in allowed else LIBRARY
 
 
-def choose_training(input: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> TrainingAlgorithms:
-    """What computes a convolution in training, its input's and its weight's gradient."""
+def choose_training(
+    input: Tensor, weight: Tensor, geometry: tuple[Any, ...], *, behind_norm: bool
+) -> TrainingAlgorithms:
+    """What computes a convolution in training, its input's and its weight's gradient.
+
+    Args:
+        behind_norm: the convolution reads act(bn(input)).
+    """
     if support.unusable(input) is not None:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
+    if not behind_norm:
+        output = choose("train_output", input, weight, *geometry)
+        return TrainingAlgorithms(output, LIBRARY, LIBRARY)
     return TrainingAlgorithms(
-        choose("train_output", input, weight, *geometry),
+        choose("train_behind_norm", input, weight, *geometry),
         choose("train_input", input, weight, *geometry),
         LIBRARY,
     )
@@ -156,7 +183,13 @@ def _measured(device: int) -> dict[str, str]:
     return tuning_cache.read(machine(device))
 
 
+generation = 0
+"""Another number whenever the measured choices may be others."""
+
+
 def forget_measured() -> None:
     """Read the measured choices again."""
+    global generation
+    generation += 1
     _measured.cache_clear()
     _chosen.cache_clear()

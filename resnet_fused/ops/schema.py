@@ -78,6 +78,13 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+# input = act(input * scale + shift [+ residual]): what follows the library's convolution on a GPU
+_library.define(
+    "_finish_conv_(Tensor(a!) input, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "str act, float negative_slope) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of per-channel vectors beside data of `dtype`: float32, for float64 float64."""
@@ -124,6 +131,11 @@ def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, 
 @torch.library.register_fake(f"{NAMESPACE}::scale_shift_act", lib=_library)
 def _(input, scale, shift, residual, act, slope):
     return _like(input)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_finish_conv_", lib=_library)
+def _(input, scale, shift, residual, act, slope):
+    return None
 
 
 @torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)

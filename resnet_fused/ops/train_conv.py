@@ -167,10 +167,12 @@ def tensor_of(source: Source) -> Tensor:
     return source.tensor() if isinstance(source, Normalised) else source
 
 
-def choose(x: Tensor, conv: Conv) -> TrainingAlgorithms:
+def choose(source: Source, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
+    x = data_of(source)
     if support.on_gpu(x) and is_channels_last(x):
-        return gpu_choice.choose_training(x, conv.weight, conv[2:6])
+        behind_norm = isinstance(source, Normalised)
+        return gpu_choice.choose_training(x, conv.weight, conv[2:6], behind_norm=behind_norm)
     if not x.is_cpu or not is_channels_last(x):
         return _ALL_LIBRARY
     if conv.algorithms is not None:
@@ -216,7 +218,7 @@ def _choose(
 def forward(source: Source, conv: Conv) -> tuple[Tensor, Tensor, Tensor]:
     """z = conv(source), and the mean and biased variance of its channels."""
     data = data_of(source)
-    algorithm = choose(data, conv).output
+    algorithm = choose(source, conv).output
     if algorithm == LIBRARY:
         z = torch.conv2d(
             tensor_of(source), *conv.parameters(data.dtype),
@@ -245,7 +247,7 @@ def backward(
     None where it was not computed on the way.
     """
     data = data_of(source)
-    chosen = choose(data, conv)
+    chosen = choose(source, conv)
     grad_input = grad_weight = sums = None
     if support.on_gpu(data):
         gradient = _computed(gradient)

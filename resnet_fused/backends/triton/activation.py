@@ -12,14 +12,14 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, slope, ACT: tl.constexpr):
-    """act(x); `slope` is leaky_relu's."""
+    """act(x); `slope` is leaky_relu's (Inductor passes Python's numbers in 64 bits)."""
     if ACT == "relu":
         return tl.where(x < 0, 0.0, x)
     elif ACT == "relu6":
         low = tl.where(x < 0, 0.0, x)
         return tl.where(low > 6, 6.0, low)
     elif ACT == "leaky_relu":
-        return tl.where(x > 0, x, x * slope)
+        return tl.where(x > 0, x, x * tl.cast(slope, tl.float32))
     elif ACT == "silu":
         return x / (1.0 + tl.exp(-x))
     elif ACT == "hardswish":
@@ -39,7 +39,7 @@ def activate_backward(grad, x, slope, ACT: tl.constexpr):
     elif ACT == "relu6":
         return tl.where((x > 0) & (x < 6), grad, 0.0)
     elif ACT == "leaky_relu":
-        return tl.where(x > 0, grad, grad * slope)
+        return tl.where(x > 0, grad, grad * tl.cast(slope, tl.float32))
     elif ACT == "silu":
         gate = 1.0 / (1.0 + tl.exp(-x))
         return grad * gate * (1.0 + x * (1.0 - gate))

@@ -21,16 +21,23 @@ from torch import Tensor
 
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.launch import launch
-from resnet_fused.backends.triton.tiles import channel_vector, tile_offsets
+from resnet_fused.backends.triton.tiles import (
+    ceil_div,
+    channel_vector,
+    power_of_two,
+    tile_offsets,
+)
 
-_COMBINED = 16  # channels that one program combines; few, so that many programs do
+COMBINED = 16  # channels that one program combines; few, so that many programs do
+LOADS = tl.constexpr(4)  # tiles that a program has under way; without, a thread waits for each load
 _COMBINED_ROWS = 256  # chunks that it reads at once
+_MOST_AT_ONCE = 1024  # chunks that one program combines
 
 
 @triton.jit
 def partial_statistics_kernel(
     p_x, p_origin, p_mean, p_square, rows, channels, pixels, chunk,
-    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared distances of each channel over a chunk of rows.
 
@@ -45,7 +52,7 @@ def partial_statistics_kernel(
     end = tl.minimum(begin + chunk, rows)
     o_r = tl.arange(0, BLOCK_R).to(tl.int64)
     mask = (o_r < rows)[:, None] & m_c[None, :]
-    offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
+    offsets = tile_offsets(o_r, o_c, channels, pixels, LAYOUT)
     b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
     origin = tl.sum(b_x, 0) / tl.minimum(rows, BLOCK_R)
     # With no more bits than x, or all differences from it would be rounded the same way.
@@ -53,10 +60,10 @@ def partial_statistics_kernel(
     # One pair of sums for each place of the tile, so that no thread waits for another in the loop.
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(begin, end, BLOCK_R):
+    for start in tl.range(begin, end, BLOCK_R, num_stages=LOADS):
         o_r = start + tl.arange(0, BLOCK_R)
         m_r = o_r < end
-        offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
+        offsets = tile_offsets(o_r, o_c, channels, pixels, LAYOUT)
         b_x = tl.load(p_x + offsets, mask=m_r[:, None] & m_c[None, :], other=0.0).to(tl.float32)
         distance = tl.where(m_r[:, None], b_x - origin[None, :], 0.0)
         sums += distance
@@ -81,18 +88,24 @@ def tile_statistics(b_x, m_r):
 
 @triton.jit
 def combine_statistics_kernel(
-    p_partial_mean, p_partial_square, p_origin, p_mean, p_var, rows, channels, chunk, chunks,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    p_partial_mean, p_partial_square, p_origin, p_mean, p_square, rows, channels, chunk, chunks,
+    group, LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance from those of the chunks, whose means are from an origin or 0."""
+    """The statistics of every `group` chunks as one; the LAST time of all, mean and variance.
+
+    Means are distances from the origin, or from 0 without one, until then.
+    """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    near = tl.load(p_partial_mean + o_c, mask=m_c, other=0.0)
+    i_group = tl.program_id(1).to(tl.int64)
+    begin = i_group * group
+    end = tl.minimum(begin + group, chunks)
+    near = tl.load(p_partial_mean + begin * channels + o_c, mask=m_c, other=0.0)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_R):
-        o_r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (o_r < chunks)[:, None] & m_c[None, :]
+    for start in tl.range(begin, end, BLOCK_R, num_stages=2):
+        o_r = start + tl.arange(0, BLOCK_R)
+        mask = (o_r < end)[:, None] & m_c[None, :]
         offsets = o_r[:, None] * channels + o_c[None, :]
         mean = tl.load(p_partial_mean + offsets, mask=mask, other=0.0)
         count = tl.minimum(rows - o_r * chunk, chunk).to(tl.float32)[:, None]
@@ -101,10 +114,16 @@ def combine_statistics_kernel(
         # Chan: the distances between the means add what lies between the sets.
         squares += tl.load(p_partial_square + offsets, mask=mask, other=0.0)
         squares += distance * distance * count
-    rest = tl.sum(sums, 0) / rows
-    origin = channel_vector(p_origin, o_c, m_c, 0.0)
-    tl.store(p_mean + o_c, origin + (near + rest), mask=m_c)
-    tl.store(p_var + o_c, tl.sum(squares, 0) / rows - rest * rest, mask=m_c)
+    count = tl.minimum(rows - begin * chunk, (end - begin) * chunk).to(tl.float32)
+    rest = tl.sum(sums, 0) / count
+    mean = near + rest
+    square = tl.sum(squares, 0) / count - rest * rest
+    if LAST:
+        mean += channel_vector(p_origin, o_c, m_c, 0.0)
+    else:
+        square *= count
+    tl.store(p_mean + i_group * channels + o_c, mean, mask=m_c)
+    tl.store(p_square + i_group * channels + o_c, square, mask=m_c)
 
 
 def batch_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +150,30 @@ def combine(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all rows from those of chunks of `chunk` rows; 0 of none."""
     chunks, channels = mean.shape
-    whole = mean.new_zeros(channels) if rows == 0 else mean.new_empty(channels)
-    var = torch.zeros_like(whole) if rows == 0 else torch.empty_like(whole)
-    launch(
-        combine_statistics_kernel, (triton.cdiv(channels, _COMBINED) if rows else 0,), mean,
-        mean, square, origin, whole, var, rows, channels, chunk, chunks,
-        BLOCK_R=min(triton.next_power_of_2(chunks), _COMBINED_ROWS), BLOCK_C=_COMBINED,
-    )  # fmt: skip
-    return whole, var
+    if rows == 0:
+        return mean.new_zeros(channels), mean.new_zeros(channels)
+    for group in groups(chunks):
+        parts, last = ceil_div(chunks, group), group == chunks
+        merged = partial_table(mean, parts, channels)
+        launch(
+            combine_statistics_kernel, (ceil_div(channels, COMBINED), parts), mean,
+            mean, square, origin, *merged, rows, channels, chunk, chunks, group,
+            LAST=last, **combining(group),
+        )  # fmt: skip
+        (mean, square), chunk, chunks = merged, chunk * group, parts
+    return mean[0], square[0]
+
+
+def groups(chunks: int) -> tuple[int, ...]:
+    """How many chunks one program combines, level by level, until one is left.
+
+    A convolution leaves thousands: few programs would take as long for them as it did.
+    """
+    if chunks <= _MOST_AT_ONCE:
+        return (chunks,)
+    return _COMBINED_ROWS, ceil_div(chunks, _COMBINED_ROWS)
+
+
+def combining(group: int) -> dict[str, int]:
+    """The tile of a program that combines so many chunks."""
+    return {"BLOCK_R": min(power_of_two(group), _COMBINED_ROWS), "BLOCK_C": COMBINED}

@@ -13,32 +13,36 @@ relu make 5 + 8. Ioffe and Szegedy, *Batch Normalization* (2015), section 3.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.activation import activate_backward
-from resnet_fused.backends.triton.batch_statistics import batch_statistics, partial_table
+from resnet_fused.backends.triton.batch_statistics import (
+    COMBINED,
+    LOADS,
+    batch_statistics,
+    combining,
+    groups,
+    partial_table,
+)
 from resnet_fused.backends.triton.launch import launch
 from resnet_fused.backends.triton.scale_shift_act import normalize_act
 from resnet_fused.backends.triton.tiles import (
+    ceil_div,
     channel_vector,
     norm_vectors,
     tile_of_program,
     tile_offsets,
 )
 
-_SUMMED = 16  # channels whose partial sums one program adds up
-_SUMMED_ROWS = 256  # of them at once
-
 
 @triton.jit
 def partial_sums_kernel(
     p_grad, p_x, p_residual, p_output, p_mean, p_var, p_weight, p_bias,
     p_grad_residual, p_product, p_sum, rows, channels, pixels, chunk, eps, slope,
-    ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Σ g · x̂ and Σ g of each channel over a chunk of rows; g is written where it is wanted."""
@@ -51,10 +55,10 @@ def partial_sums_kernel(
     mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
     products = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(begin, end, BLOCK_R):
+    for start in tl.range(begin, end, BLOCK_R, num_stages=LOADS):
         o_r = start + tl.arange(0, BLOCK_R)
         mask = (o_r < end)[:, None] & m_c[None, :]
-        offsets = tile_offsets(o_r, o_c, channels, pixels, CHANNELS_LAST)
+        offsets = tile_offsets(o_r, o_c, channels, pixels, LAYOUT)
         b_grad = tl.load(p_grad + offsets, mask=mask, other=0.0).to(tl.float32)
         b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(tl.float32)
         b_xhat = (b_x - mean[None, :]) * rstd[None, :]
@@ -78,35 +82,36 @@ def partial_sums_kernel(
 
 @triton.jit
 def combine_sums_kernel(
-    p_partial_product, p_partial_sum, p_product, p_sum, channels, chunks,
+    p_partial_product, p_partial_sum, p_product, p_sum, channels, chunks, group,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The chunks' sums added up, in a fixed order."""
+    """The sums of every `group` chunks added up, in a fixed order."""
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
+    i_group = tl.program_id(1).to(tl.int64)
+    begin = i_group * group
+    end = tl.minimum(begin + group, chunks)
     products = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for start in range(0, chunks, BLOCK_R):
+    for start in tl.range(begin, end, BLOCK_R, num_stages=2):
         o_r = start + tl.arange(0, BLOCK_R)
-        mask = (o_r < chunks)[:, None] & m_c[None, :]
-        offsets = o_r.to(tl.int64)[:, None] * channels + o_c[None, :]
+        mask = (o_r < end)[:, None] & m_c[None, :]
+        offsets = o_r[:, None] * channels + o_c[None, :]
         products += tl.load(p_partial_product + offsets, mask=mask, other=0.0)
         sums += tl.load(p_partial_sum + offsets, mask=mask, other=0.0)
-    tl.store(p_product + o_c, tl.sum(products, 0), mask=m_c)
-    tl.store(p_sum + o_c, tl.sum(sums, 0), mask=m_c)
+    tl.store(p_product + i_group * channels + o_c, tl.sum(products, 0), mask=m_c)
+    tl.store(p_sum + i_group * channels + o_c, tl.sum(sums, 0), mask=m_c)
 
 
 @triton.jit
 def grad_input_kernel(
     p_grad, p_x, p_mean, p_var, p_weight, p_bias, p_product, p_sum, p_grad_input,
     rows, channels, pixels, eps, slope, count,
-    ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile, from the sums over all rows."""
-    o_c, m_c, offsets, mask = tile_of_program(
-        rows, channels, pixels, CHANNELS_LAST, BLOCK_R, BLOCK_C
-    )
+    o_c, m_c, offsets, mask = tile_of_program(rows, channels, pixels, LAYOUT, BLOCK_R, BLOCK_C)
     b_grad = tl.load(p_grad + offsets, mask=mask).to(tl.float32)
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
     mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
@@ -197,14 +202,17 @@ def bn_act_backward_sums(
 def combine_sums(product: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias from their parts, one row a chunk; 0 of none."""
     chunks, channels = product.shape
-    grad_weight = product.new_zeros(channels) if chunks == 0 else product.new_empty(channels)
-    grad_bias = torch.zeros_like(grad_weight) if chunks == 0 else torch.empty_like(grad_weight)
-    launch(
-        combine_sums_kernel, (triton.cdiv(channels, _SUMMED) if chunks else 0,), product,
-        product, sums, grad_weight, grad_bias, channels, chunks,
-        BLOCK_R=min(triton.next_power_of_2(chunks), _SUMMED_ROWS), BLOCK_C=_SUMMED,
-    )  # fmt: skip
-    return grad_weight, grad_bias
+    if chunks == 0:
+        return product.new_zeros(channels), product.new_zeros(channels)
+    for group in groups(chunks):
+        parts = ceil_div(chunks, group)
+        merged = partial_table(product, parts, channels)
+        launch(
+            combine_sums_kernel, (ceil_div(channels, COMBINED), parts), product,
+            product, sums, *merged, channels, chunks, group, **combining(group),
+        )  # fmt: skip
+        (product, sums), chunks = merged, parts
+    return product[0], sums[0]
 
 
 def bn_act_backward_input(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,6 +20,7 @@ from resnet_fused.backends.triton.bn_act import combine_sums
 from resnet_fused.backends.triton.configs import TMA_BYTES, Config
 from resnet_fused.backends.triton.conv_kernel import conv_kernel
 from resnet_fused.backends.triton.launch import launch
+from resnet_fused.backends.triton.tiles import ceil_div
 from resnet_fused.ops.schema import conv_output_size
 
 
@@ -88,7 +88,7 @@ def train_conv(
     x = input.contiguous(memory_format=torch.channels_last)
     z = _empty(x, conv_output_size(x.shape, weight, stride, padding, dilation))
     rows = z.shape[0] * z.shape[2] * z.shape[3]
-    mean, square = partial_table(z, triton.cdiv(rows, config.block_m), z.shape[1])
+    mean, square = partial_table(z, ceil_div(rows, config.block_m), z.shape[1])
     _launch(
         x, weight, z, (stride, padding, dilation, groups), config, precision, behind="statistics",
         before=before, slope=0.0 if before is None else before.negative_slope,
@@ -121,7 +121,7 @@ def train_conv_backward_input(
     kernel = weight.shape[2:]
     turned = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     rows = z.shape[0] * z.shape[2] * z.shape[3]
-    product, sums = partial_table(g, triton.cdiv(rows, config.block_m), z.shape[1])
+    product, sums = partial_table(g, ceil_div(rows, config.block_m), z.shape[1])
     _launch(
         g, weight.transpose(0, 1), out, ((1, 1), turned, dilation, 1), config, precision,
         turned=True, behind="gradient", act=norm.act, slope=norm.negative_slope,
@@ -131,8 +131,10 @@ def train_conv_backward_input(
 
 
 def _empty(like: Tensor, size: Sequence[int]) -> Tensor:
-    return torch.empty(
-        tuple(size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    # Inductor would fill what `empty(memory_format=)` makes, and copy it.
+    n, c, h, w = size
+    return torch.empty_strided(
+        (n, c, h, w), (c * h * w, 1, w * c, c), dtype=like.dtype, device=like.device
     )
 
 
@@ -176,7 +178,7 @@ def _launch(
     elif turned:
         w_source, tap = weight[:, :, -1, -1], -tap
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
-    blocks = triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs // groups, config.block_n)
+    blocks = ceil_div(pixels, config.block_m) * ceil_div(outputs // groups, config.block_n)
     launch(
         conv_kernel, (blocks, groups), x,
         x_source, w_source, y, scale, shift, residual,

@@ -21,13 +21,11 @@ from resnet_fused.backends.triton.tiles import channel_vector, norm_vectors, til
 def scale_shift_act_kernel(
     p_x, p_mean, p_var, p_weight, p_bias, p_residual, p_y,
     rows, channels, pixels, eps, slope,
-    ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Normalises by mean and variance where there are any, then · weight + bias."""
-    o_c, m_c, offsets, mask = tile_of_program(
-        rows, channels, pixels, CHANNELS_LAST, BLOCK_R, BLOCK_C
-    )
+    o_c, m_c, offsets, mask = tile_of_program(rows, channels, pixels, LAYOUT, BLOCK_R, BLOCK_C)
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
     if p_mean is not None:
         mean, rstd, weight, bias = norm_vectors(p_mean, p_var, p_weight, p_bias, eps, o_c, m_c)
@@ -43,15 +41,15 @@ def scale_shift_act_kernel(
 
 def scale_shift_act(
     input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     residual: Tensor | None,
     act: str,
     negative_slope: float,
     *,
     output: Tensor | None = None,
 ) -> Tensor:
-    """The operator of this name; `output` may be the input itself."""
+    """The operator of this name, also without vectors; `output` may be the input itself."""
     return _run(input, residual, None, None, scale, shift, 0.0, act, negative_slope, output)
 
 

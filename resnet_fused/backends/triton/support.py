@@ -14,16 +14,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_ARCH = 80  # bfloat16 and TF32 matrix instructions, asynchronous copies
 
 
-LEAST_TRAINING_BYTES = 1 << 20
-"""Below, a training step runs as eager PyTorch does: a pass over 1 MiB takes a GPU half a
-microsecond, so what counts is the number of launches, and ours are more (statistics are two). An
-estimate, not measured.
+LEAST_GRADIENT_BYTES = 16 << 20
+"""Below, what records gradients runs as eager PyTorch does. A convolution's step with batch norm,
+forward and backward, takes about 0.1 ms of Python (benchmarks/bench_host.py) and makes some twenty
+passes over activations of this size, which take a GPU of 4 TB/s as long: above, it waits for the
+GPU and not for Python. An estimate, not measured on one.
 """
 
 
-def pays_in_training(input: Tensor) -> bool:
-    """Whether an activation is large enough that the passes saved weigh more than launches."""
-    return input.numel() * input.element_size() >= LEAST_TRAINING_BYTES
+def pays_with_gradient(input: Tensor) -> bool:
+    """Whether an activation is so large that the passes saved count, and Python does not."""
+    return input.numel() * input.element_size() >= LEAST_GRADIENT_BYTES
 
 
 @functools.cache
