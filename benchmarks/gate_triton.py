@@ -50,6 +50,9 @@ ARCHS = (80, 90, 100, 120)
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
 TINY = ((1, 1, 1, 1), (3, 1, 1, 1), (1, 64, 1, 1), (1, 1, 5, 5), (2, 3, 1, 7))
 """Sizes of 1 are constants to Triton, and take other ways through its compiler."""
+LONG = (1 << 16, 3, 256, 256)
+"""More pixels than 32 bits count."""
+
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
 }  # fmt: skip
@@ -149,6 +152,9 @@ def norm_cases() -> Iterator[Case]:
         for shape, nhwc in itertools.product(TINY, (True, False)):
             case = f"bn relu fp16 {'nhwc' if nhwc else 'nchw'} {'x'.join(map(str, shape))}"
             yield case, arch, partial(norm_ops, torch.float16, nhwc, "relu", *shape), False
+
+        run = partial(norm_ops, torch.float16, False, "relu", *LONG)
+        yield f"bn relu fp16 nchw {'x'.join(map(str, LONG))}", arch, run, False
 
 
 def norm_ops(dtype: torch.dtype, channels_last: bool, act: str, *shape: int) -> None:

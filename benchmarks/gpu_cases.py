@@ -6,12 +6,15 @@ one, and the next run goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ import torch
 from resnet_fused import benchmark
 from resnet_fused.benchmark import Case, Mode, Result
 from resnet_fused.benchmark.case import one_line
+from resnet_fused.ops import gpu_choice
 
 MODELS = ("resnet50", "resnet18", "resnext50_32x4d", "wide_resnet50_2", "resnet101")
 DTYPES = ("bf16", "fp16", "tf32")
 INFERENCE_BATCHES = (256, 1, 32, 8, 128)
 TRAINING_BATCHES = (256, 64)
 
+_CACHE = "RESNET_FUSED_CACHE_DIR"
 _MOST_GRAPH_BATCH = 32  # with more images a step is longer than its launches
 _REPEATS = 20
 _LIMIT_S = 4.0  # of timing a case; most of its time goes into compiling
@@ -34,23 +39,28 @@ _LIMIT_S = 4.0  # of timing a case; most of its time goes into compiling
 
 @dataclass(frozen=True)
 class Planned:
-    """One entry of the matrix. `autotuned` is the peer that compiles for minutes, by itself."""
+    """One entry of the matrix. `autotuned` is the peer that compiles for minutes, by itself;
+    `untuned` is the library as it comes, without choices measured on this machine.
+    """
 
     model: str
     mode: Mode
     dtype: str
     batch_size: int
     autotuned: bool = False
+    untuned: bool = False
 
     @property
     def name(self) -> str:
         text = f"{self.model} {self.mode} {self.dtype} b{self.batch_size}"
-        return f"{text} max-autotune" if self.autotuned else text
+        return text + " max-autotune" * self.autotuned + " untuned" * self.untuned
 
     @property
     def variants(self) -> tuple[str, ...]:
         """What is measured side by side."""
         names = {"eager", "fused"}
+        if self.untuned:
+            return ("eager", "eager_channels_last", "fused")
         names |= {"compile_max_autotune"} if self.autotuned else {"eager_channels_last", "compile"}
         if self.mode == "inference" and self.batch_size <= _MOST_GRAPH_BATCH:
             names |= {"fused_graph"} if self.autotuned else {"eager_graph", "fused_graph"}
@@ -77,13 +87,15 @@ class Planned:
 def planned_cases(only: str = "") -> list[Planned]:
     """The whole matrix, the most valuable first; those whose name contains `only`.
 
-    ResNet-50 in bfloat16 comes first, large and small; then its other dtypes and batches; then one
-    large and one small batch and a training step of each other network; then the rest. Autotuned
-    parts come right behind the first and, for everything else, last.
+    What is untuned comes before anything is tuned. Then comes ResNet-50 in bfloat16, large and
+    small; then its other dtypes and batches; then one large and one small batch and a training
+    step of each other network; then the rest. Autotuned parts come right behind the first and, for
+    everything else, last.
     """
     bf16 = [Planned("resnet50", "inference", "bf16", batch) for batch in INFERENCE_BATCHES]
     steps = [Planned("resnet50", "training", "bf16", batch) for batch in TRAINING_BATCHES]
-    first = [*bf16[:2], steps[0], _autotuned(bf16[0]), _autotuned(bf16[1]), bf16[2]]
+    untuned = [replace(bf16[0], untuned=True), replace(steps[0], untuned=True)]
+    first = [*untuned, *bf16[:2], steps[0], _autotuned(bf16[0]), _autotuned(bf16[1]), bf16[2]]
     first += [Planned("resnet50", "inference", dtype, 256) for dtype in DTYPES[1:]]
     first.append(steps[1])
     for model in MODELS[1:]:
@@ -99,7 +111,7 @@ def planned_cases(only: str = "") -> list[Planned]:
 
 
 def _autotuned(planned: Planned) -> Planned:
-    return Planned(planned.model, planned.mode, planned.dtype, planned.batch_size, autotuned=True)
+    return replace(planned, autotuned=True)
 
 
 def file_name(gpu: str, date: str, commit: str | None) -> str:
@@ -164,7 +176,8 @@ def _finite(value: Any) -> Any:
 def measure_case(planned: Planned) -> list[Result]:
     """Run one case on the GPU."""
     case = planned.case()
-    with benchmark.ProgressBar() as progress:
+    unmeasured = without_choices() if planned.untuned else contextlib.nullcontext()
+    with unmeasured, benchmark.ProgressBar() as progress:
         return benchmark.run_case(
             case,
             benchmark.load_model(case.model),
@@ -174,6 +187,22 @@ def measure_case(planned: Planned) -> list[Result]:
             limit_s=_LIMIT_S,
             progress=progress,
         )
+
+
+@contextlib.contextmanager
+def without_choices() -> Iterator[None]:
+    """In here nothing was measured on this machine."""
+    before = os.environ.get(_CACHE)
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ[_CACHE] = empty
+        gpu_choice.forget_measured()
+        try:
+            yield
+        finally:
+            os.environ.pop(_CACHE)
+            if before is not None:
+                os.environ[_CACHE] = before
+            gpu_choice.forget_measured()
 
 
 def run_cases(

@@ -195,7 +195,9 @@ def _plain(subject: Subject, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
 
 
 def _affine(z: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    y = F.batch_norm(z, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    # F.batch_norm refuses an eps of 0 since torch 2.11.
+    y = torch.batch_norm(z, scale, shift, zeros, ones, False, 0.0, 0.0, True)
     return _ACTS[act](y if residual is None else y + residual)
 
 

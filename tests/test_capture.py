@@ -66,7 +66,11 @@ class Tape:
             outputs = run()
         self.recorded += 1
         for _, arguments, _, made in self.steps:
-            read = {t.untyped_storage().data_ptr() for t in _tensors(arguments)}
+            read = {
+                t.untyped_storage().data_ptr()
+                for t in _tensors(arguments)
+                if t.layout is torch.strided  # oneDNN's packed weights have no storage
+            }
             for tensor in made:
                 if tensor.untyped_storage().data_ptr() not in read and tensor.is_floating_point():
                     tensor.fill_(float("nan"))

@@ -82,8 +82,9 @@ def plain_scale_shift(
     """What a model does: batch norm with fixed statistics, addition, activation, each rounded to
     the dtype.
     """
-    ones = torch.ones_like(scale)
-    y = F.batch_norm(x, torch.zeros_like(scale), ones, scale, shift, False, 0.0, 0.0)
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    # F.batch_norm refuses an eps of 0 since torch 2.11.
+    y = torch.batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0, True)
     return ACTS[act](y if residual is None else y + residual)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_functional import bn_arguments, conv_arguments, conv_function
-from tolerance import assert_all_parity, assert_function_parity, assert_parity, double_model
+from test_functional import bn_arguments
+from tolerance import assert_all_parity, assert_parity, double_model
 from torch import Tensor, nn
 from train_case import results, smooth
-from triton_case import chosen, needs_gpu, on_device
+from triton_case import chosen, needs_gpu
 
 import resnet_fused
 from resnet_fused import benchmark, explain, fuse, models

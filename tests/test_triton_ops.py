@@ -315,20 +315,25 @@ def last_program_only(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
 
 def huge(layout: str) -> Tensor:
     """A tensor of MANY elements without content, but for the last one."""
-    shape = (4, MANY // 256, 8, 8) if layout == "nchw" else (MANY // 4096, 64, 8, 8)
-    memory = torch.contiguous_format if layout == "nchw" else torch.channels_last
+    shape = {
+        "nchw": (4, MANY // 256, 8, 8),
+        "nchw_long": (MANY // 64, 1, 8, 8),  # as many rows
+        "nhwc": (MANY // 4096, 64, 8, 8),
+    }[layout]
+    memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
     x = torch.empty(shape, dtype=torch.float16, memory_format=memory)
     x[-1, -1, -1, -1] = 3.0
     return x
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="probes single programs in the interpreter")
-@EVERY_LAYOUT
+@pytest.mark.parametrize("layout", ["nhwc", "nchw", "nchw_long"])
 def test_offsets_past_int32(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resnet_fused.backends.triton import scale_shift_act
+    from resnet_fused.backends.triton import scale_shift_act, tiles
 
     last_program_only(monkeypatch, scale_shift_act)
     x = huge(layout)
+    assert tiles.cut(x).layout == layout
     scale, shift = torch.full((x.shape[1],), 2.0), torch.full((x.shape[1],), 1.0)
     y = scale_shift_act.scale_shift_act(x, scale, shift, None, "none", 0.0)
     assert y[-1, -1, -1, -1] == 7.0

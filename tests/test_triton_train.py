@@ -19,7 +19,7 @@ from torch import Tensor
 from triton_case import DOT_DTYPES, gpus_place, needs_kernels, on_device
 
 from resnet_fused.backends import reference
-from resnet_fused.backends.triton import conv_bn_act
+from resnet_fused.backends.triton import batch_statistics, bn_act, conv_bn_act
 from resnet_fused.backends.triton.configs import Config
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", gpus_place.__name__)]
@@ -111,6 +111,20 @@ def test_gradient_of_the_input(case: str, dtype: torch.dtype, act: str) -> None:
     size = exact[0].abs().max().item() * (c.x.numel() / c.x.shape[1]) ** 0.5  # of what cancels
     for name, a, p, e in zip(("weight", "bias"), ours[1:], plain[1:], exact[1:], strict=True):
         assert_parity(a, p, e, what=name, scale=size)
+
+
+def test_thousands_of_tiles_are_combined_in_two_levels() -> None:
+    rows, chunk = 1500 * 4 - 1, 4
+    x = noise(rows, 20).double() + 3
+    chunks = x.split(chunk)
+    mean = torch.stack([c.mean(0) for c in chunks])
+    square = torch.stack([(c - c.mean(0)).square().sum(0) for c in chunks])
+    parts = [t.float() for t in on_device([mean, square])]
+    wanted = on_device([x.mean(0), x.var(0, correction=0)])
+    ours = batch_statistics.combine(*parts, rows, chunk)
+    sums = bn_act.combine_sums(*parts)
+    for a, b in zip((*ours, *sums), (*wanted, *(p.double().sum(0) for p in parts)), strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-5)
 
 
 def test_an_empty_batch_is_left_to_the_library() -> None:

@@ -30,8 +30,9 @@ from resnet_fused.backends.triton.tiles import (
 
 COMBINED = 16  # channels that one program combines; few, so that many programs do
 LOADS = tl.constexpr(4)  # tiles that a program has under way; without, a thread waits for each load
-_COMBINED_ROWS = 256  # chunks that it reads at once
-_MOST_AT_ONCE = 1024  # chunks that one program combines
+_COMBINED_ROWS = 128  # chunks that it reads at once
+_GROUP = 256  # chunks that one program combines in the first of two levels,
+_MOST_AT_ONCE = 1024  # and in the only one
 
 
 @triton.jit
@@ -171,7 +172,7 @@ def groups(chunks: int) -> tuple[int, ...]:
     """
     if chunks <= _MOST_AT_ONCE:
         return (chunks,)
-    return _COMBINED_ROWS, ceil_div(chunks, _COMBINED_ROWS)
+    return _GROUP, ceil_div(chunks, _GROUP)
 
 
 def combining(group: int) -> dict[str, int]:
