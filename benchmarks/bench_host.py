@@ -4,7 +4,8 @@
 
 Small batches wait for Python and the dispatcher, not for the GPU. Here tiny CPU tensors take the
 way of CUDA ones, and Triton's launches do all but the call of the driver; PyTorch's own operators
-run as the CPU kernels, which for so few numbers cost about what a launch does. In turns, medians.
+run as the CPU kernels, which for so few numbers cost less than a launch does. In turns, medians.
+"small training" is what runs below the sizes of support.py, "training" what runs above.
 """
 
 from __future__ import annotations
@@ -71,7 +72,6 @@ def take_the_gpus_place() -> torch.library.Library:
     support.on_gpu = lambda tensor: True
     support._unsupported = lambda device: None  # type: ignore[assignment]
     support.architecture = lambda device: 90  # type: ignore[assignment]
-    support.LEAST_GRADIENT_BYTES = 0
     ConvChain._may_run_at_once = lambda self, input, modules: False  # type: ignore[method-assign]
     gpu_choice._measured = lambda device: {}  # type: ignore[assignment]
     library = torch.library.Library("resnet_fused", "IMPL")
@@ -121,9 +121,11 @@ def main() -> int:
         ("conv-bn-add-relu", Step(adds=True)),
         ("bn-relu", PreAct()),
         ("bottleneck block", Bottleneck(64, 16)),
+        ("ResNet-20", resnet_fused.models.resnet20()),
     ):
-        for mode in ("evaluation", "training"):
-            eager, fused = microseconds(plain, training=mode == "training")
+        for mode, least in (("evaluation", 0), ("training", 0), ("small training", 1 << 30)):
+            support.LEAST_BLOCK_BYTES = support.LEAST_STEP_BYTES = least
+            eager, fused = microseconds(plain, training=mode != "evaluation")
             found.append({"step": name, "mode": mode, "eager_us": eager, "fused_us": fused})
     rows = [[*map(str, row[:2]), *(f"{v:.1f}" for v in row[2:])] for row in map(_values, found)]
     header = ("step", "mode", "eager µs", "fused µs")
@@ -145,7 +147,10 @@ def _values(row: dict[str, Any]) -> list[Any]:
 
 def microseconds(plain: nn.Module, *, training: bool) -> tuple[float, float]:
     """Of one call of a model as it is, and fused."""
-    x = torch.randn(2, 64, 2, 2).to(memory_format=torch.channels_last)
+    network = not isinstance(plain, (Step, PreAct, Bottleneck))
+    x = torch.randn(2, *((3, 4, 4) if network else (64, 2, 2))).to(
+        memory_format=torch.channels_last
+    )
     plain.to(memory_format=torch.channels_last).train(training)  # type: ignore[call-overload]
     calls = {
         "eager": many(plain, x, training=training),

@@ -13,10 +13,12 @@ import pytest
 import torch
 from tolerance import assert_all_parity, assert_parity, double_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_case import results, smooth
 from triton_case import DEVICE, chosen, gpus_place, launches, needs_kernels
 
 from resnet_fused import fuse
+from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import Config
 from resnet_fused.benchmark.measure import saved_bytes
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
@@ -171,3 +173,35 @@ def test_contiguous_models_stay_contiguous() -> None:
 def test_float64_runs_as_eager() -> None:
     model, x = block("basic").double(), images("basic").double()
     assert torch.equal(fuse(model)(x), copy.deepcopy(model)(x))
+
+
+@EVERY_KIND
+def test_small_activations_train_as_eager(kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(support, "LEAST_STEP_BYTES", 1 << 20)
+    model, x = smooth(block(kind)).train(), images(kind)
+    with launches(monkeypatch) as names:
+        ours = results(fuse(model), x, torch.sin)
+    eager = results(copy.deepcopy(model), x, torch.sin)
+    assert names == [] and all(torch.equal(ours[n], eager[n]) for n in eager)
+
+
+@BY
+def test_operators_are_seen_by_a_dispatch_mode(by: Any, monkeypatch: Any) -> None:
+    """As capture needs them to be: it keeps alive what they read."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    model, x = block("basic").eval(), images("basic")
+    fused = fuse(model)
+    with torch.no_grad(), chosen(monkeypatch, by):
+        alone = fused(x)
+        with Watch():
+            watched = fused(x)
+    assert torch.equal(alone, watched)
+    last = "_finish_conv_" if by == "library" else "conv_bn_act"
+    assert seen.count(f"resnet_fused::{last}") == 2

@@ -54,7 +54,8 @@ DOT_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * HAS_GPU
 @pytest.fixture(autouse=True)
 def gpus_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Import this into a test file: CPU tensors go where CUDA tensors would, if there is no GPU."""
-    monkeypatch.setattr(support, "LEAST_GRADIENT_BYTES", 0)
+    monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 0)
+    monkeypatch.setattr(support, "LEAST_STEP_BYTES", 0)
     if HAS_GPU:
         with tensor_float_32(False):
             yield

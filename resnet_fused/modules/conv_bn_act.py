@@ -45,7 +45,7 @@ class ConvBNAct:
     ) -> Tensor | Deferred:
         if isinstance(input, Deferred):
             z = _convolve_deferred(input, conv)
-        elif plain_is_faster(input):
+        elif records_on_gpu(input) and _output_bytes(input, conv) < support.LEAST_STEP_BYTES:
             return self.plain(input, conv, bn, residual)
         else:
             output = self._fixed(input, conv, bn, residual)
@@ -117,14 +117,15 @@ class ConvBNAct:
         )  # fmt: skip
 
 
-def plain_is_faster(input: Tensor) -> bool:
-    """Whether a GPU would wait for our Python longer than it gains by our kernels."""
-    return (
-        support.on_gpu(input)
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not support.pays_with_gradient(input)
-    )
+def records_on_gpu(input: Tensor) -> bool:
+    """Whether gradients are recorded on a GPU: then small activations are left to eager PyTorch."""
+    return support.on_gpu(input) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _output_bytes(input: Tensor, conv: nn.Conv2d) -> int:
+    """Of the convolution's output, about."""
+    vertical, horizontal = conv.stride
+    return input.nbytes * conv.out_channels // (conv.in_channels * vertical * horizontal)
 
 
 def any_requires_grad(

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from resnet_fused import policy
 from resnet_fused.backends.native_conv import NativeConv, Program, Wired, unusable
+from resnet_fused.backends.triton import support
 from resnet_fused.kept import Kept
+from resnet_fused.modules import conv_on_gpu
 from resnet_fused.modules.batch_norm import uses_batch_statistics
-from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad, plain_is_faster
+from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad, records_on_gpu
 from resnet_fused.modules.deferred import Deferred
 from resnet_fused.modules.train import Training
+from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.schema import is_channels_last
 from resnet_fused.packing import statistics_and_affine
 
@@ -48,7 +51,12 @@ class ConvBlock:
         return 2 * len(self.steps)
 
     def __call__(self, input: Tensor | Deferred, *modules: Any) -> Tensor | Deferred:
-        plain = not self.low_memory and isinstance(input, Tensor) and plain_is_faster(input)
+        plain = (
+            not self.low_memory
+            and isinstance(input, Tensor)
+            and records_on_gpu(input)
+            and input.nbytes < support.LEAST_BLOCK_BYTES
+        )
         output = None if plain else self.training.run(input, modules)
         if output is not None:
             return output
@@ -59,6 +67,26 @@ class ConvBlock:
             run = step.plain if plain else step
             values.append(run(values[wired.input], conv, bn, residual))
         return values[-1]
+
+    def prepare_on_gpu(
+        self, data: conv_on_gpu.Data, modules: tuple[Any, ...]
+    ) -> list[tuple[conv_on_gpu.PreparedConv, Wired]] | None:
+        """The same for a GPU."""
+        values: list[Any] = [data, None]
+        prepared: list[tuple[conv_on_gpu.PreparedConv, Wired]] = []
+        for i, (step, wired) in enumerate(zip(self.steps, self.wiring, strict=True)):
+            conv, bn = modules[2 * i : 2 * i + 2]
+            if bn is not None and uses_batch_statistics(bn):
+                return None
+            options = (step.after.act, step.after.negative_slope)
+            ready = step.on_gpu.prepare(values[wired.input], conv, bn, *options)
+            if ready is None:
+                return None
+            if wired.residual >= 0 and values[wired.residual].shape != ready.output.shape:
+                return None
+            prepared.append((ready, wired))
+            values.append(ready.output)
+        return prepared
 
     def prepare(
         self, shape: tuple[int, ...], dtype: torch.dtype, modules: tuple[Any, ...]
@@ -92,6 +120,7 @@ class ConvChain:
 
     blocks: tuple[ConvBlock, ...]
     _program: Kept[Program | None] = field(default_factory=Kept, compare=False)
+    _on_gpu: Kept[conv_on_gpu.Program | None] = field(default_factory=Kept, compare=False)
     _parts: tuple[ConvChain, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,9 +135,15 @@ class ConvChain:
     ) -> Tensor | Deferred:
         if self._may_run_at_once(input, modules):
             assert isinstance(input, Tensor)
-            program = self._program.get(*self._state(input, modules), self._make(input, modules))
+            options, tensors = self._state(modules)
+            key = (input.shape, input.dtype, policy.current(), options)
+            program = self._program.get(key, tensors, self._make(input, modules))
             if program is not None:
                 return program(input)
+        elif isinstance(input, Tensor) and support.on_gpu(input):
+            output = self._run_on_gpu(input, modules)
+            if output is not None:
+                return output
         if not self._parts:
             return self.blocks[0](input, *modules)
         for part in self._parts:
@@ -135,6 +170,31 @@ class ConvChain:
             )
         )
 
+    def _run_on_gpu(self, input: Tensor, modules: tuple[Any, ...]) -> Tensor | None:
+        """All steps in one go, in evaluation; None where they have to choose themselves."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        found = conv_on_gpu.Data.of(input)
+        if found is None:
+            return None
+        data, like = found
+        options, tensors = self._state(modules)
+        key = (like, options, gpu_choice.state(data.dtype))
+        program = self._on_gpu.get(key, tensors, lambda: self._prepare_on_gpu(like, modules))
+        return None if program is None else program(data)
+
+    def _prepare_on_gpu(
+        self, data: conv_on_gpu.Data, modules: tuple[Any, ...]
+    ) -> conv_on_gpu.Program | None:
+        blocks, rest = [], modules
+        for block in self.blocks:
+            convs = block.prepare_on_gpu(data, rest[: block.module_count])
+            if convs is None:
+                return None
+            blocks.append(convs)
+            data, rest = convs[-1][0].output, rest[block.module_count :]
+        return conv_on_gpu.Program(blocks)
+
     def _make(self, input: Tensor, modules: tuple[Any, ...]) -> Any:
         """What makes the program; None where not all blocks can be in one."""
 
@@ -152,11 +212,9 @@ class ConvChain:
         return make
 
     @staticmethod
-    def _state(
-        input: Tensor, modules: tuple[Any, ...]
-    ) -> tuple[tuple[object, ...], list[Tensor | None]]:
-        """Everything a program depends on, gathered at every call: options and tensors."""
-        options: list[object] = [input.shape, input.dtype, policy.current()]
+    def _state(modules: tuple[Any, ...]) -> tuple[tuple[object, ...], list[Tensor | None]]:
+        """What a program depends on in the model, gathered at every call: options and tensors."""
+        options: list[object] = []
         tensors: list[Tensor | None] = []
         for conv, bn in zip(modules[::2], modules[1::2], strict=True):
             parameters = conv._parameters

@@ -1,12 +1,14 @@
 """conv → BN with fixed statistics → (+ residual) → activation on a GPU, with weights folded once.
 
 What a call costs before anything is launched decides small batches. So what follows from weights
-and shapes is kept: a call looks whether they are the same, and makes two launches (PyTorch's
-convolution, and one pass over its output) or one, where eager PyTorch makes three or four.
+and shapes is kept: a call looks whether they are the same, for all blocks that follow one another
+at once, and makes two launches a step (PyTorch's convolution, and one pass over its output) or one,
+where eager PyTorch makes three or four.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,60 +16,113 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fold
+from resnet_fused.backends.native_conv import Wired
 from resnet_fused.backends.triton import support
 from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.kept import Kept
 from resnet_fused.ops import gpu, gpu_choice
 from resnet_fused.ops.autograd import cast_for_autocast
-from resnet_fused.ops.schema import conv_output_size, statistics_dtype
+from resnet_fused.ops.schema import conv_output_size, is_channels_last, statistics_dtype
 from resnet_fused.packing import conv_padding, statistics_and_affine
 
 _MOST_SHAPES = 64  # input shapes that are remembered for one convolution
 
 
-class _Way(NamedTuple):
-    """What runs inputs of one shape."""
+class Data(NamedTuple):
+    """All that is asked of an input before its numbers."""
 
-    size: torch.Size  # of the output
-    geometry: Any  # stride, padding, dilation, groups
-    algorithm: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+    autocast: bool
+
+    @classmethod
+    def of(cls, input: Tensor) -> tuple[Tensor, Data] | None:
+        """The input as autocast has it, and this of it; None if no kernel takes it."""
+        autocast = torch.is_autocast_enabled(input.device.type)
+        data = cast_for_autocast(input.device, input)[0] if autocast else input
+        if support.unusable(data) is not None or data.layout != torch.strided:
+            return None
+        channels_last = data.is_contiguous(memory_format=torch.channels_last)
+        return data, cls(data.shape, data.dtype, data.device, channels_last, autocast)
 
 
-@dataclass(slots=True, eq=False)
-class _Folded:
-    """One convolution's weights as its launches take them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedConv:
+    """One step for inputs of one shape, ready to be launched."""
 
     weight: Tensor
     scale: Tensor | None
     shift: Tensor | None
-    ways: dict[tuple[object, ...], _Way | None] = field(default_factory=dict)
+    geometry: tuple[list[int], list[int], list[int], int]
+    output: Data
+    algorithm: str
+    act: str
+    negative_slope: float
+    bare: bool  # nothing but a residual follows the convolution
 
-    def way(self, data: Tensor, conv: nn.Conv2d) -> _Way | None:
+    def __call__(self, data: Tensor, residual: Tensor | None) -> Tensor:
+        """act(conv(data) · scale + shift + residual); the residual must fit."""
+        if self.algorithm != LIBRARY:
+            arguments: Any = (
+                data, self.weight, self.scale, self.shift, residual, *self.geometry,
+                self.act, self.negative_slope,
+            )  # fmt: skip
+            if gpu.unseen(data):
+                return gpu.run_conv(self.algorithm, *arguments)
+            return torch.ops.resnet_fused.conv_bn_act(*arguments)
+        z = torch.conv2d(data, self.weight, None, *self.geometry)
+        if self.bare and residual is None:
+            return z
+        rest = (self.scale, self.shift, residual, self.act, self.negative_slope)
+        if gpu.unseen(z):
+            gpu.kernels("scale_shift_act").scale_shift_act(z, *rest, output=z)
+        else:
+            torch.ops.resnet_fused._finish_conv_(z, *rest)
+        return z
+
+    def adds(self, residual: Tensor) -> bool:
+        """Whether a residual fits."""
+        return (
+            residual.shape == self.output.shape
+            and residual.dtype == self.output.dtype
+            and residual.device == self.output.device
+            and residual.layout == torch.strided
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Folded:
+    """One convolution's weights as its launches take them, and what runs each shape."""
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    prepared: dict[tuple[object, ...], PreparedConv | None] = field(default_factory=dict)
+
+    def prepare(
+        self, data: Data, conv: nn.Conv2d, act: str, negative_slope: float
+    ) -> PreparedConv | None:
         """For this input; None where eager PyTorch has to raise or to handle it."""
-        precision = gpu_choice.precision(data.dtype)
-        key = (
-            data.shape, conv.stride, conv.padding, conv.dilation, conv.groups,
-            gpu_choice.generation, precision,
-        )  # fmt: skip
-        try:
-            return self.ways[key]
-        except KeyError:
-            if len(self.ways) >= _MOST_SHAPES:
-                self.ways.clear()
-            self.ways[key] = way = self._choose(data, conv)
-            return way
-
-    def _choose(self, data: Tensor, conv: nn.Conv2d) -> _Way | None:
-        weight, padding = self.weight, conv_padding(conv)
+        padding = conv_padding(conv)
         assert padding is not None  # the matcher leaves such convolutions alone
-        if data.dim() != 4 or data.numel() == 0 or data.shape[1] != weight.shape[1] * conv.groups:
+        shape, weight = data.shape, self.weight
+        if len(shape) != 4 or 0 in shape or shape[1] != weight.shape[1] * conv.groups:
             return None
         geometry = (list(conv.stride), padding, list(conv.dilation), conv.groups)
-        size = torch.Size(conv_output_size(data.shape, weight, *geometry[:3]))
+        size = torch.Size(conv_output_size(shape, weight, *geometry[:3]))
         if min(size) < 1:
             return None
-        algorithm = gpu_choice.choose("inference", data, weight, *geometry)
-        return _Way(size, geometry, algorithm)
+        layout = torch.channels_last if data.channels_last else torch.contiguous_format
+        like = torch.empty(shape, dtype=data.dtype, device="meta", memory_format=layout)
+        algorithm = gpu_choice.choose("inference", like, weight, *geometry)
+        channels_last = data.channels_last or is_channels_last(weight)
+        output = data._replace(shape=size, channels_last=channels_last)
+        bare = self.scale is None and self.shift is None and act == "none"
+        return PreparedConv(
+            weight, self.scale, self.shift, geometry, output, algorithm, act, negative_slope, bare
+        )
 
 
 @dataclass(slots=True)
@@ -86,59 +141,74 @@ class ConvOnGpu:
         negative_slope: float,
     ) -> Tensor | None:
         """The output; None for what only eager PyTorch takes, or refuses."""
-        data, casts = input, torch.is_autocast_enabled(input.device.type)
-        if casts:
-            (data,) = cast_for_autocast(input.device, input)
-        if support.unusable(data) is not None or data.layout != torch.strided:
+        found = Data.of(input)
+        if found is None:
             return None
+        data, like = found
+        prepared = self.prepare(like, conv, bn, act, negative_slope)
+        if prepared is None or not (residual is None or prepared.adds(residual)):
+            return None
+        return prepared(data, residual)
+
+    def prepare(
+        self,
+        data: Data,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d | None,
+        act: str,
+        negative_slope: float,
+    ) -> PreparedConv | None:
+        """What runs an input like this; kept until a parameter or a choice is another one."""
         own = conv._parameters  # nn.Module's getattr is slow
         sources = (own["weight"], own["bias"], *statistics_and_affine(bn))
-        channels_last = data.is_contiguous(memory_format=torch.channels_last)
         eps = None if bn is None else bn.eps
-        folded = self._folded.get(
-            (data.dtype, data.device, channels_last, casts, eps), sources,
-            lambda: _fold(data, conv, bn, channels_last),
-        )  # fmt: skip
-        way = None if folded is None else folded.way(data, conv)
-        if folded is None or way is None:
+        folded = self._folded.get((data[1:], eps), sources, lambda: _fold(data, conv, bn))
+        if folded is None:
             return None
-        if residual is not None and not (
-            residual.shape == way.size
-            and residual.dtype == data.dtype
-            and residual.device == data.device
-            and residual.layout == torch.strided
-        ):
-            return None
-        weight, rest = folded.weight, (folded.scale, folded.shift, residual)
-        if way.algorithm == LIBRARY:
-            z = torch.conv2d(data, weight, None, *way.geometry)
-            if act == "none" and rest == (None, None, None):
-                return z
-            if gpu.unseen(z):
-                gpu.kernels("scale_shift_act").scale_shift_act(
-                    z, *rest, act, negative_slope, output=z
-                )
-            else:
-                torch.ops.resnet_fused._finish_conv_(z, *rest, act, negative_slope)
-            return z
-        arguments: Any = (data, weight, *rest, *way.geometry, act, negative_slope)
-        if gpu.unseen(data):
-            return gpu.run_conv(way.algorithm, *arguments)
-        return torch.ops.resnet_fused.conv_bn_act(*arguments)
+        key = (data.shape, *conv_options(conv), *gpu_choice.state(data.dtype))
+        try:
+            return folded.prepared[key]
+        except KeyError:
+            if len(folded.prepared) >= _MOST_SHAPES:
+                folded.prepared.clear()
+            prepared = folded.prepare(data, conv, act, negative_slope)
+            folded.prepared[key] = prepared
+            return prepared
 
 
-def _fold(
-    data: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d | None, channels_last: bool
-) -> _Folded | None:
+def conv_options(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What decides a convolution's output beside tensors."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """The steps of blocks that follow one another, without a look at anything between them."""
+
+    blocks: Sequence[Sequence[tuple[PreparedConv, Wired]]]
+
+    def __call__(self, data: Tensor) -> Tensor:
+        for block in self.blocks:
+            values: list[Any] = [data, None]
+            for conv, wired in block:
+                residual = None if wired.residual < 0 else values[wired.residual]
+                values.append(conv(values[wired.input], residual))
+            data = values[-1]
+        return data
+
+
+def _fold(data: Data, conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> _Folded | None:
     """None where the parameters do not go with the data."""
-    weight, bias = cast_for_autocast(data.device, conv.weight, conv.bias)
+    weight, bias = conv.weight, conv.bias
+    if data.autocast:
+        weight, bias = cast_for_autocast(data.device, weight, bias)
     for t in (weight, bias):
         if t is not None and not (
             t.dtype == data.dtype and t.device == data.device and t.layout == torch.strided
         ):
             return None
     scale, shift = vectors_of(conv, bn, statistics_dtype(data.dtype))
-    if channels_last:  # or every call would bring them into this form
+    if data.channels_last:  # or every call would bring them into this form
         weight = weight.contiguous(memory_format=torch.channels_last)
     return _Folded(weight, scale, shift)
 

@@ -79,7 +79,8 @@ class Training:
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
             return None
         if support.on_gpu(data) and not (
-            support.unusable(data) is None and (self.low_memory or support.pays_with_gradient(data))
+            support.unusable(data) is None
+            and (self.low_memory or data.nbytes >= support.LEAST_BLOCK_BYTES)
         ):
             return None
         # Autocast would cast the parameters; what needs them so does it itself.

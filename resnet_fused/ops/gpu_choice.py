@@ -187,6 +187,11 @@ generation = 0
 """Another number whenever the measured choices may be others."""
 
 
+def state(dtype: torch.dtype) -> tuple[object, ...]:
+    """What a choice depends on beside the problem."""
+    return generation, precision(dtype)
+
+
 def forget_measured() -> None:
     """Read the measured choices again."""
     global generation

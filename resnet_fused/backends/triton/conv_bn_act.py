@@ -169,13 +169,17 @@ def _launch(
     block_k = config.block_k_of(x.element_size())
     x_source: Any = x
     w_source: Any = weight
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    matrix = weight[:, :, 0, 0].contiguous() if config.tma else weight
-    tma = config.tma and _describable(rows) and _describable(matrix)
-    if tma:
-        x_source = TensorDescriptor.from_tensor(rows, [config.block_m, block_k])
-        w_source = TensorDescriptor.from_tensor(matrix, [config.block_n, block_k])
-    elif turned:
+    tma = False
+    if config.tma:
+        rows, matrix = (
+            x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]),
+            weight[:, :, 0, 0].contiguous(),
+        )
+        tma = _describable(rows) and _describable(matrix)
+        if tma:
+            x_source = TensorDescriptor.from_tensor(rows, [config.block_m, block_k])
+            w_source = TensorDescriptor.from_tensor(matrix, [config.block_n, block_k])
+    if turned and not tma:
         w_source, tap = weight[:, :, -1, -1], -tap
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     blocks = ceil_div(pixels, config.block_m) * ceil_div(outputs // groups, config.block_n)

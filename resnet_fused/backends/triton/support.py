@@ -14,17 +14,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_ARCH = 80  # bfloat16 and TF32 matrix instructions, asynchronous copies
 
 
-LEAST_GRADIENT_BYTES = 16 << 20
-"""Below, what records gradients runs as eager PyTorch does. A convolution's step with batch norm,
-forward and backward, takes about 0.1 ms of Python (benchmarks/bench_host.py) and makes some twenty
-passes over activations of this size, which take a GPU of 4 TB/s as long: above, it waits for the
-GPU and not for Python. An estimate, not measured on one.
+LEAST_BLOCK_BYTES = 16 << 20
+LEAST_STEP_BYTES = 64 << 20
+"""With smaller activations, what records gradients runs as eager PyTorch does: a block of several
+convolutions in one function, and a step by itself. Forward and backward, a convolution with batch
+norm takes 65 µs of Python in the one and 230 µs in the other (benchmarks/bench_host.py), and makes
+some twenty passes over activations; over these a GPU of 4 TB/s takes as long. Above, it waits for
+its memory and not for Python. An estimate, not measured on a GPU.
 """
-
-
-def pays_with_gradient(input: Tensor) -> bool:
-    """Whether an activation is so large that the passes saved count, and Python does not."""
-    return input.numel() * input.element_size() >= LEAST_GRADIENT_BYTES
 
 
 @functools.cache
