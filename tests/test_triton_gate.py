@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from resnet_fused.backends.triton.configs import CONFIGS  # noqa: E402
+import torch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from resnet_fused.backends.triton.configs import CONFIGS, Config  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -50,3 +53,46 @@ def test_gate_finds_what_is_wrong() -> None:
     assert (
         gate.narrow_offsets(narrow.replace("64x64xi32", "64x64xi64").replace("muli", "addi")) == []
     )
+
+
+class _Driver:
+    """Stands in for CUDA's."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_kernels_are_compiled_ahead_and_not_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As tuning has it; what cannot be compiled raises where it is launched."""
+    from resnet_fused.backends.triton import conv_bn_act, launch
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    conv_bn_act.conv_kernel.device_caches.clear()
+    x = torch.empty(1, 64, 4, 4, dtype=torch.float16, device="meta").to(
+        memory_format=torch.channels_last
+    )
+    weight = torch.empty(64, 64, 1, 1, dtype=torch.float16, device="meta")
+    options = ([1, 1], [0, 0], [1, 1], 1)
+
+    def run(config: Config, act: str = "relu") -> None:
+        conv_bn_act.conv_bn_act(x, weight, None, None, None, *options, act, 0.0, config, "ieee")
+
+    good = [Config(64, 64, 64, 4, 3), Config(64, 32, 64, 4, 3)]
+    bad = Config(64, 48, 64, 4, 3)  # no power of two
+    with launch.compiling_ahead():
+        for config in (*good, bad):
+            run(config)
+    found = [compiled for name, compiled in launch.compiled_kernels() if name == "conv_kernel"]
+    assert len(found) == 2 and all("wgmma" in compiled.asm["ptx"] for compiled in found)
+    with pytest.raises(Exception, match=r"48|power"):
+        run(bad)
+    conv_bn_act.conv_kernel.device_caches.clear()

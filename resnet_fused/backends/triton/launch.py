@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 Grid = Sequence[int]
 
-_tracing = threading.local()
+_THREADS = 8  # that compile at once; beyond, they wait for Python's lock
+
+_mode = threading.local()
 _launched: dict[str, Any] = {}
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """In here launches become nodes of the graph that torch.compile is tracing."""
-    before = getattr(_tracing, "on", False)
-    _tracing.on = True
+    with _in_mode("trace"):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """In here kernels are compiled, several at once, and not launched; at the end all are there.
+
+    One that does not compile raises where it is launched.
+    """
+    with (
+        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),
+        _in_mode("compile"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _in_mode(name: str) -> Iterator[None]:
+    before = getattr(_mode, "name", None)
+    _mode.name = name
     try:
         yield
     finally:
-        _tracing.on = before
+        _mode.name = before
 
 
 def launch(kernel: Any, grid: Grid, anchor: Tensor, *args: Any, **meta: Any) -> None:
@@ -34,15 +61,17 @@ def launch(kernel: Any, grid: Grid, anchor: Tensor, *args: Any, **meta: Any) -> 
     """
     if 0 in grid:
         return
-    if getattr(_tracing, "on", False):
+    mode = getattr(_mode, "name", None)
+    if mode == "trace":
         torch.library.wrap_triton(kernel)[tuple(grid)](*args, **meta)
         return
     _launched[kernel.__name__] = kernel
+    run = kernel[grid] if mode is None else functools.partial(kernel.warmup, grid=grid)
     if anchor.is_cuda and anchor.get_device() != torch.cuda.current_device():
         with torch.cuda.device(anchor.device):
-            kernel[grid](*args, **meta)
+            run(*args, **meta)
     else:
-        kernel[grid](*args, **meta)
+        run(*args, **meta)
 
 
 def compiled_kernels() -> list[tuple[str, Any]]:
@@ -50,5 +79,5 @@ def compiled_kernels() -> list[tuple[str, Any]]:
     found = []
     for name, kernel in _launched.items():
         for cache, *_ in getattr(kernel, "device_caches", {}).values():
-            found += [(name, compiled) for compiled in cache.values()]
+            found += [(name, k) for k in cache.values() if isinstance(k, CompiledKernel)]
     return found
