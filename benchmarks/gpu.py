@@ -29,15 +29,16 @@ import roofline
 import torch
 from gpu_cases import Planned, Record
 
-from resnet_fused import benchmark, cli
+from resnet_fused import benchmark, cli, tuning_cache
 from resnet_fused.benchmark import Result
 from resnet_fused.benchmark.case import one_line
 from resnet_fused.benchmark.gpu_algorithms import tune
+from resnet_fused.ops import gpu_choice
 
 _DEVICE = torch.device("cuda")
 _MODEL, _BATCH_SIZE, _DTYPE = "resnet50", 256, "bf16"  # of the tables
-_TUNE_REPEATS = 10
-_TUNING_SHARE = 0.25  # of the budget, after which no further case is tuned for; one takes half
+_TUNE_REPEATS = 5
+_TUNING_SHARES = {"inference": 0.1, "training": 0.2}  # of the budget, for a case
 
 
 def gpu(args: argparse.Namespace) -> int:
@@ -101,17 +102,19 @@ class Run:
         left = self.cases([p for p in planned if p.untuned])
         planned = [p for p in planned if not p.untuned]
         if not self.args.no_tune:
-            self.part("tuned", lambda: self.tune(planned[:3]))
+            first = planned[:3]
+            again = bool(self.not_tuned(first))
+            self.part("tuned", lambda: self.tune(first), again=again)
         left += self.cases(planned[:1])
         self.part("convolutions", lambda: self.table("conv_bn_act"))
         left += self.cases(planned[1:3])
         self.part("passes", lambda: self.table("scale_shift_act", "bn_act", "bn_act_backward"))
         return left + self.cases(planned[3:])
 
-    def part(self, key: str, make: Callable[[], Any]) -> None:
-        """Put what `make` returns into the file, if it is not there and there is time."""
+    def part(self, key: str, make: Callable[[], Any], *, again: bool = False) -> None:
+        """Put what `make` returns into the file if it is not there, or `again`, and there is time."""
         known = self.record.data.get(key)
-        retry = gpu_summary.has_failed(known) and self.args.again is None
+        retry = (again or gpu_summary.has_failed(known)) and self.args.again is None
         if (known is not None and not retry) or time.monotonic() >= self.deadline:
             return
         try:
@@ -131,22 +134,37 @@ class Run:
         return {dtype: asdict(c) for dtype, c in found.items()}
 
     def tune(self, planned: list[Planned]) -> list[dict[str, Any]]:
-        """Choose the fastest algorithms for these cases, the first in any case."""
-        tuned: list[dict[str, Any]] = []
-        for case in dict.fromkeys(p.case() for p in planned):
-            if tuned and (time.monotonic() - self.begin) / self.args.budget > _TUNING_SHARE:
+        """Choose the fastest algorithms for these cases; goes on where an earlier run stopped."""
+        data = self.record.data
+        rows = [row for row in data.get("tuned") or [] if isinstance(row, dict)]
+        machine = gpu_choice.machine(0)
+        tuning_cache.update(machine, {row["problem"]: row["chosen"] for row in rows})
+        gpu_choice.forget_measured()
+        for entry in self.not_tuned(planned):
+            if time.monotonic() >= self.deadline:
                 break
+            case, begin = entry.case(), time.monotonic()
             images = benchmark.random_images(case.batch_size, case.image_size)
             model: Any = benchmark.prepare_model(benchmark.load_model(case.model), images, case)
             model = model.to(case.torch_dtype, memory_format=torch.channels_last)
             images = images.to(_DEVICE, case.torch_dtype, memory_format=torch.channels_last)
+            limit_s = self.args.budget * _TUNING_SHARES[case.mode]
             with benchmark.ProgressBar() as progress:
                 found = tune(
                     model, images, repeats=_TUNE_REPEATS, progress=progress,
-                    training=case.mode == "training", limit_s=self.args.budget * _TUNING_SHARE / 2,
+                    training=case.mode == "training", limit_s=limit_s,
+                    known={row["problem"] for row in rows},
                 )  # fmt: skip
-            tuned += map(asdict, found)
-        return tuned
+            rows += map(asdict, found)
+            if time.monotonic() - begin < limit_s:
+                self.record.put("tuned_cases", [*data.get("tuned_cases", []), entry.name])
+        return rows
+
+    def not_tuned(self, planned: list[Planned]) -> list[Planned]:
+        """Of these cases those that are not tuned to the end, large batches first."""
+        done = self.record.data.get("tuned_cases", [])
+        left = [p for p in planned if p.name not in done]
+        return sorted(left, key=lambda p: p.batch_size, reverse=True)
 
     def table(self, *operators: str) -> list[dict[str, Any]]:
         """Operators at ResNet-50's shapes."""

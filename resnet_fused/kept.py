@@ -8,6 +8,7 @@ as in autograd.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,8 +23,10 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """A value made from tensors, kept as long as they and its options have not changed.
 
-    Safe to share between threads. A copy (deepcopy, pickle) starts empty.
+    Safe to share between threads and streams. A copy (deepcopy, pickle) starts empty.
     """
+
+    _computes = True
 
     def __init__(self) -> None:
         # The tensors are kept alive with it, so that no other one can take an identity.
@@ -45,27 +48,43 @@ class Kept(Generic[T]):
         if kept is not None and kept[0] == key:
             return kept[2]
         with self._lock, torch.no_grad():
+            kept = self._kept  # another thread may have made it, and launched with it
+            if kept is not None and kept[0] == key:
+                return kept[2]
             value = make()
-            if _finished(sources):
+            if _lasts(sources, wait=self._computes):
                 self._kept = key, sources, value
         return value
 
 
-def _finished(sources: Sequence[Tensor | None]) -> bool:
-    """Wait until a GPU has computed what was made, as any stream may read it from now on.
+class KeptPlan(Kept[T]):
+    """The same of a value that is no tensor, nor has any but those of other kept values."""
 
-    False while a CUDA graph is recorded: nothing is computed then, and the memory is the graph's.
+    _computes = False
+
+
+def _lasts(sources: Sequence[Tensor | None], *, wait: bool) -> bool:
+    """Whether a value that was made now can be kept.
+
+    Not in a dispatch mode: it may be of tensors without numbers. Not while a CUDA graph is
+    recorded: nothing is computed then, and the memory is the graph's. Otherwise a GPU has computed
+    it when this returns, as any stream may read it from now on.
     """
+    if torch._C._len_torch_dispatch_stack():
+        return False
     device = next((t.device for t in sources if t is not None and t.is_cuda), None)
     if device is None or not torch.cuda.is_initialized():
         return True
     if torch.cuda.is_current_stream_capturing():
         return False
-    torch.cuda.current_stream(device).synchronize()
+    if wait:
+        torch.cuda.current_stream(device).synchronize()
     return True
 
 
 def _state(tensors: Sequence[Tensor | None]) -> object:
+    if tensors and _fully_sharded():
+        return object()
     try:
         return [None if t is None else (id(t), t._version, t.data_ptr()) for t in tensors]
     except RuntimeError:  # an inference tensor has no version: nothing made from it is kept
@@ -76,3 +95,12 @@ def _state(tensors: Sequence[Tensor | None]) -> object:
             stacklevel=2,
         )
         return object()
+
+
+def _fully_sharded() -> bool:
+    """Whether this process has a model under FSDP2, which gathers new weights into old tensors.
+
+    Neither version nor address tells of it.
+    """
+    states = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and bool(states._module_state_mapping)

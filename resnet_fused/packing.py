@@ -28,8 +28,12 @@ def conv_padding(conv: nn.Conv2d) -> list[int] | None:
     return None if any(t % 2 for t in total) else [t // 2 for t in total]
 
 
-def statistics_and_affine(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
-    """What BN with fixed statistics computes from: mean, variance, weight and bias."""
+def state_of(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...]:
+    """What changes with what BN with fixed statistics computes.
+
+    The counter of batches is with it: eager PyTorch's kernel writes running statistics without a
+    new version.
+    """
     if bn is None:
         return ()
     buffers, parameters = bn._buffers, bn._parameters  # getattr costs more than the whole key
@@ -38,6 +42,7 @@ def statistics_and_affine(bn: nn.BatchNorm2d | None) -> tuple[Tensor | None, ...
         buffers["running_var"],
         parameters["weight"],
         parameters["bias"],
+        buffers["num_batches_tracked"],
     )
 
 
@@ -222,7 +227,7 @@ class PackedConv(Kept[Folded]):
         )  # fmt: skip
         return self.get(
             options,
-            (*weights, *statistics_and_affine(bn)),
+            (*weights, *state_of(bn)),
             lambda: _fold(conv, bn, dtype),
         )
 

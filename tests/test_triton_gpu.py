@@ -19,6 +19,7 @@ from triton_case import chosen, needs_gpu
 
 import resnet_fused
 from resnet_fused import benchmark, explain, fuse, models
+from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import BY_NAME
 from resnet_fused.benchmark.measure import saved_bytes
 from resnet_fused.ops import gpu_choice
@@ -31,9 +32,12 @@ BY = pytest.mark.parametrize("by", ["library", "triton_64x64x64"])
 
 
 @pytest.fixture(autouse=True)
-def without_tf32() -> Any:
-    """Errors of float32 are float32's; what runs last is not what the next test starts with."""
-    with benchmark.tensor_float_32(False):
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Kernels run at any size; errors of float32 are float32's; nothing compiled is left over."""
+    monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 0)
+    monkeypatch.setattr(support, "LEAST_STEP_BYTES", 0)
+    cache = torch._functorch.config.patch(enable_autograd_cache=False)  # knows no choices
+    with benchmark.tensor_float_32(False), cache:
         yield
 
 
@@ -165,6 +169,7 @@ def test_tuning_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     try:
         for training in (False, True):
             tuned = benchmark.tune(model, x, repeats=1, progress=lambda *_: None, training=training)
+            assert tuned
             assert all(t.chosen in t.milliseconds and "library" in t.milliseconds for t in tuned)
         with torch.no_grad():
             assert_parity(fuse(model)(x), model(x), double_model(model)(x.double()))

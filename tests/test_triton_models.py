@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_case import results, smooth
 from triton_case import DEVICE, chosen, gpus_place, launches, needs_kernels
 
-from resnet_fused import fuse
+from resnet_fused import fuse, unfuse
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import Config
 from resnet_fused.benchmark.measure import saved_bytes
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
+from resnet_fused.modules import conv_bn_act, conv_on_gpu
+from resnet_fused.modules.conv_bn_act import records_on_gpu
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned", gpus_place.__name__)]
 
@@ -205,3 +207,66 @@ def test_operators_are_seen_by_a_dispatch_mode(by: Any, monkeypatch: Any) -> Non
     assert torch.equal(alone, watched)
     last = "_finish_conv_" if by == "library" else "conv_bn_act"
     assert seen.count(f"resnet_fused::{last}") == 2
+
+
+@EVERY_KIND
+def test_statistics_of_eager_batches_are_noticed(kind: str, monkeypatch: Any) -> None:
+    """Its kernel leaves running statistics at the same version."""
+    monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(support, "LEAST_STEP_BYTES", 1 << 20)
+    model, x = block(kind), images(kind)
+    fused = fuse(model)
+    with torch.no_grad():
+        fused.eval()(x)
+    for _ in range(5):
+        fused.train()(3 * x + 1)
+    with torch.no_grad():
+        assert torch.allclose(fused.eval()(x), unfuse(fused).eval()(x), atol=1e-4)
+
+
+def test_ranks_of_any_size_gather_the_same(monkeypatch: Any) -> None:
+    """Where statistics go over processes, no size decides who gathers them."""
+    monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(support, "LEAST_STEP_BYTES", 1 << 20)
+    model, x = block("basic").train(), images("basic")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert records_on_gpu(x, *norms)
+    group = object()
+    monkeypatch.setattr(conv_bn_act, "process_group", lambda bn: group if bn is norms[-1] else None)
+    assert records_on_gpu(x, norms[0]) and not records_on_gpu(x, *norms)
+
+
+def test_a_residual_is_added_as_it_was_under_autocast() -> None:
+    model, x = block("basic").eval(), images("basic").float()
+    fused = fuse(model)
+    with torch.autocast(DEVICE, torch.float16):
+        with torch.no_grad():
+            assert fused(x).dtype == model(x).dtype
+        ours, eager = fused.train()(x), copy.deepcopy(model).train()(x)
+    assert ours.dtype == eager.dtype
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 6), (2, 8, 1, 1)])
+def test_layouts_that_are_both_stay_what_eager_takes_them_for(shape: tuple[int, ...]) -> None:
+    """One channel, or one pixel, is contiguous and channels_last at once."""
+    channels = shape[1]
+    model = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, padding=2), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+    ).eval().to(DEVICE)  # fmt: skip
+    x = torch.randn(shape).to(DEVICE)
+    with torch.no_grad():
+        assert fuse(model)(x).stride() == model(x).stride()
+
+
+def test_several_shapes_are_remembered(monkeypatch: Any) -> None:
+    model, x = block("basic").eval(), images("basic")
+    fused = fuse(model)
+    folds: list[object] = []
+    fold = conv_on_gpu._fold
+    monkeypatch.setattr(conv_on_gpu, "_fold", lambda *a: folds.append(a) or fold(*a))
+    with torch.no_grad():
+        for _ in range(3):
+            for images_ in (x, x[:2], x[:, :, :5].contiguous(memory_format=torch.channels_last)):
+                assert torch.allclose(fused(images_), model(images_), atol=1e-5)
+    assert len(folds) == 2  # one for each convolution

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ def tune(
     progress: Progress,
     training: bool = False,
     limit_s: float = math.inf,
+    known: Collection[str] = (),
 ) -> list[Tuned]:
     """Time everything that may run each distinct convolution of a model, and keep the fastest.
 
@@ -55,6 +56,7 @@ def tune(
         training: tune the convolutions of a training step instead of those of an evaluation.
         limit_s: no further problem is begun after so many seconds; those with the most
             multiplications come first.
+        known: keys of problems that are left out, as they were tuned before.
 
     Raises:
         BenchmarkError: Triton's kernels cannot run here.
@@ -65,7 +67,11 @@ def tune(
         raise BenchmarkError(f"nothing to tune: {reason}")
     end = time.monotonic() + limit_s
     named = _layers(model, images)
-    asked = [(kind, p, named.get(p, [])) for kind, p in _asked(model, images, training)]
+    asked = [
+        (kind, p, named.get(p, []))
+        for kind, p in _asked(model, images, training)
+        if gpu_choice.key(kind, p, images.dtype) not in known
+    ]
     asked.sort(key=lambda row: (-_multiplications(row[1]) * max(len(row[2]), 1), str(row[:2])))
     results: list[Tuned] = []
     for done, (kind, problem, layers) in enumerate(asked):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.graph.group import group_blocks, join_stems
@@ -135,13 +136,16 @@ def plan_of(module: nn.Module) -> Plan | None:
 
 
 def _watched() -> bool:
-    """Whether something looks at module calls: global hooks, a TorchScript trace, torch.func."""
+    """Whether something looks at module calls: global hooks, a TorchScript trace, torch.func,
+    forward-mode derivatives.
+    """
     if torch.compiler.is_compiling():
         return False
     return (
         torch.nn.modules.module._has_any_global_hook()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

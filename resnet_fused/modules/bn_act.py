@@ -24,7 +24,7 @@ from resnet_fused.ops import gpu
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.ops.select import native_unusable
 from resnet_fused.ops.synchronise import SyncBatchNormAct
-from resnet_fused.packing import statistics_and_affine
+from resnet_fused.packing import state_of
 
 
 @dataclass(slots=True)
@@ -115,8 +115,8 @@ class BNAct:
         return torch.ops.resnet_fused.scale_shift_act(*arguments)
 
     def _vectors(self, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        sources = statistics_and_affine(bn)
-        mean, var, weight, bias = sources
+        sources = state_of(bn)
+        mean, var, weight, bias, _ = sources
         assert mean is not None and var is not None
 
         def make() -> tuple[Tensor, Tensor]:
@@ -142,7 +142,8 @@ def _plain(input: Tensor, bn: nn.BatchNorm2d) -> bool:
         if support.unusable(input) is not None:
             return False
         records = torch.is_grad_enabled() or uses_batch_statistics(bn)
-        if records and input.nbytes < support.LEAST_STEP_BYTES:
+        small = input.nbytes < support.LEAST_STEP_BYTES
+        if records and small and process_group(bn) is None:
             return False
     return input.dtype in DTYPES and input.layout == torch.strided
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import onednn
 from resnet_fused.backends.triton import support
-from resnet_fused.modules.batch_norm import uses_batch_statistics
+from resnet_fused.modules.batch_norm import process_group, uses_batch_statistics
 from resnet_fused.modules.bn_act import BNAct
 from resnet_fused.modules.conv_on_gpu import ConvOnGpu, vectors_of
 from resnet_fused.modules.deferred import Deferred
@@ -45,7 +45,7 @@ class ConvBNAct:
     ) -> Tensor | Deferred:
         if isinstance(input, Deferred):
             z = _convolve_deferred(input, conv)
-        elif records_on_gpu(input) and _output_bytes(input, conv) < support.LEAST_STEP_BYTES:
+        elif records_on_gpu(input, bn) and _output_bytes(input, conv) < support.LEAST_STEP_BYTES:
             return self.plain(input, conv, bn, residual)
         else:
             output = self._fixed(input, conv, bn, residual)
@@ -90,7 +90,7 @@ class ConvBNAct:
         if (
             not data.is_cpu
             or data.layout != torch.strided
-            or (data is input and conv._parameters["weight"].dtype != data.dtype)  # type: ignore[union-attr]
+            or (data is input and not _goes_with(conv, data))
             or onednn.unusable(data.dtype) is not None
         ):
             return None
@@ -117,9 +117,22 @@ class ConvBNAct:
         )  # fmt: skip
 
 
-def records_on_gpu(input: Tensor) -> bool:
-    """Whether gradients are recorded on a GPU: then small activations are left to eager PyTorch."""
-    return support.on_gpu(input) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def records_on_gpu(input: Tensor, *norms: nn.BatchNorm2d | None) -> bool:
+    """Whether gradients are recorded on a GPU, and size decides who does it.
+
+    Not where a batch norm gathers over processes: all of them have to gather the same.
+    """
+    return (
+        support.on_gpu(input)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(bn is None or process_group(bn) is None for bn in norms)
+    )
+
+
+def _goes_with(conv: nn.Conv2d, data: Tensor) -> bool:
+    weight = conv._parameters.get("weight")  # FSDP1 puts a plain tensor in its place
+    return weight is not None and weight.dtype == data.dtype
 
 
 def _output_bytes(input: Tensor, conv: nn.Conv2d) -> int:

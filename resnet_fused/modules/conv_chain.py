@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnet_fused import policy
 from resnet_fused.backends.native_conv import NativeConv, Program, Wired, unusable
 from resnet_fused.backends.triton import support
-from resnet_fused.kept import Kept
+from resnet_fused.kept import Kept, KeptPlan
 from resnet_fused.modules import conv_on_gpu
 from resnet_fused.modules.batch_norm import uses_batch_statistics
 from resnet_fused.modules.conv_bn_act import ConvBNAct, any_requires_grad, records_on_gpu
@@ -24,7 +24,10 @@ from resnet_fused.modules.deferred import Deferred
 from resnet_fused.modules.train import Training
 from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.schema import is_channels_last
-from resnet_fused.packing import statistics_and_affine
+from resnet_fused.packing import state_of
+
+_GpuPrograms = dict[tuple[object, ...], conv_on_gpu.Program | None]
+_MOST_PROGRAMS = 64  # input shapes that are remembered
 
 INPUT = 0  # the value that a block reads; convolution i writes value 2 + i (native_conv.Wired)
 OUTSIDE = 2
@@ -54,7 +57,7 @@ class ConvBlock:
         plain = (
             not self.low_memory
             and isinstance(input, Tensor)
-            and records_on_gpu(input)
+            and records_on_gpu(input, *modules[1::2])
             and input.nbytes < support.LEAST_BLOCK_BYTES
         )
         output = None if plain else self.training.run(input, modules)
@@ -98,7 +101,8 @@ class ConvBlock:
             conv, bn = modules[2 * i : 2 * i + 2]
             if bn is not None and uses_batch_statistics(bn):
                 return None
-            if conv._parameters["weight"].dtype != dtype:
+            weight = conv._parameters.get("weight")  # FSDP1 puts a plain tensor in its place
+            if weight is None or weight.dtype != dtype:
                 return None
             packed = step.packed.folded(conv, bn, dtype).for_shape(shapes[wired.input])
             if not isinstance(packed, NativeConv):
@@ -120,7 +124,7 @@ class ConvChain:
 
     blocks: tuple[ConvBlock, ...]
     _program: Kept[Program | None] = field(default_factory=Kept, compare=False)
-    _on_gpu: Kept[conv_on_gpu.Program | None] = field(default_factory=Kept, compare=False)
+    _on_gpu: KeptPlan[_GpuPrograms] = field(default_factory=KeptPlan, compare=False)
     _parts: tuple[ConvChain, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -174,18 +178,29 @@ class ConvChain:
         """All steps in one go, in evaluation; None where they have to choose themselves."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
+        if any(bn is not None and uses_batch_statistics(bn) for bn in modules[1::2]):
+            return None
         found = conv_on_gpu.Data.of(input)
         if found is None:
             return None
         data, like = found
-        options, tensors = self._state(modules)
-        key = (like, options, gpu_choice.state(data.dtype))
-        program = self._on_gpu.get(key, tensors, lambda: self._prepare_on_gpu(like, modules))
+        programs = self._on_gpu.get(*self._state(modules), dict)
+        key = (like, data is input, gpu_choice.state(data.dtype))
+        if key not in programs:
+            if len(programs) >= _MOST_PROGRAMS:
+                programs.clear()
+            programs[key] = self._prepare_on_gpu(like, modules, casts=data is not input)
+        program = programs[key]
         return None if program is None else program(data)
 
     def _prepare_on_gpu(
-        self, data: conv_on_gpu.Data, modules: tuple[Any, ...]
+        self, data: conv_on_gpu.Data, modules: tuple[Any, ...], *, casts: bool
     ) -> conv_on_gpu.Program | None:
+        """None where the steps have to choose themselves; `casts` says that autocast has cast the
+        input, which a residual is added to as it was.
+        """
+        if casts and any(wired.residual == INPUT for wired in self.blocks[0].wiring):
+            return None
         blocks, rest = [], modules
         for block in self.blocks:
             convs = block.prepare_on_gpu(data, rest[: block.module_count])
@@ -218,11 +233,11 @@ class ConvChain:
         tensors: list[Tensor | None] = []
         for conv, bn in zip(modules[::2], modules[1::2], strict=True):
             parameters = conv._parameters
-            tensors += (parameters["weight"], parameters["bias"])
+            tensors += (parameters.get("weight"), parameters["bias"])
             options += (conv.stride, conv.padding, conv.dilation, conv.groups)
             if bn is not None:
                 options += (bn.training, bn.eps)
-                tensors += statistics_and_affine(bn)
+                tensors += state_of(bn)
         return tuple(options), tensors
 
 

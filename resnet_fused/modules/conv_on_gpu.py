@@ -23,7 +23,7 @@ from resnet_fused.kept import Kept
 from resnet_fused.ops import gpu, gpu_choice
 from resnet_fused.ops.autograd import cast_for_autocast
 from resnet_fused.ops.schema import conv_output_size, is_channels_last, statistics_dtype
-from resnet_fused.packing import conv_padding, statistics_and_affine
+from resnet_fused.packing import conv_padding, state_of
 
 _MOST_SHAPES = 64  # input shapes that are remembered for one convolution
 
@@ -44,8 +44,7 @@ class Data(NamedTuple):
         data = cast_for_autocast(input.device, input)[0] if autocast else input
         if support.unusable(data) is not None or data.layout != torch.strided:
             return None
-        channels_last = data.is_contiguous(memory_format=torch.channels_last)
-        return data, cls(data.shape, data.dtype, data.device, channels_last, autocast)
+        return data, cls(data.shape, data.dtype, data.device, is_channels_last(data), autocast)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +84,8 @@ class PreparedConv:
     def adds(self, residual: Tensor) -> bool:
         """Whether a residual fits."""
         return (
-            residual.shape == self.output.shape
+            isinstance(residual, Tensor)
+            and residual.shape == self.output.shape
             and residual.dtype == self.output.dtype
             and residual.device == self.output.device
             and residual.layout == torch.strided
@@ -160,7 +160,9 @@ class ConvOnGpu:
     ) -> PreparedConv | None:
         """What runs an input like this; kept until a parameter or a choice is another one."""
         own = conv._parameters  # nn.Module's getattr is slow
-        sources = (own["weight"], own["bias"], *statistics_and_affine(bn))
+        if "weight" not in own:  # FSDP1 puts a plain tensor in its place
+            return None
+        sources = (own["weight"], own["bias"], *state_of(bn))
         eps = None if bn is None else bn.eps
         folded = self._folded.get((data[1:], eps), sources, lambda: _fold(data, conv, bn))
         if folded is None:

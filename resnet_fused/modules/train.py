@@ -55,7 +55,10 @@ class Training:
         if any(bn is None or not uses_batch_statistics(bn) for bn in norms):
             return None
         data = input.z if isinstance(input, Deferred) else input
+        whole = data
         (data,) = cast_for_autocast(data.device, data)
+        if data is not whole and any(wired.residual == 0 for wired in self.wiring):
+            return None  # the residual is added as it was
         state = _state(data, convs, norms)
         block = self._made.get(state, (), lambda: self._block(data, convs, norms))
         if block is None:
@@ -78,11 +81,11 @@ class Training:
         """What runs; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
             return None
-        if support.on_gpu(data) and not (
-            support.unusable(data) is None
-            and (self.low_memory or data.nbytes >= support.LEAST_BLOCK_BYTES)
-        ):
-            return None
+        if support.on_gpu(data):
+            alone = all(process_group(bn) is None for bn in norms)
+            small = alone and not self.low_memory and data.nbytes < support.LEAST_BLOCK_BYTES
+            if small or support.unusable(data) is not None:
+                return None
         # Autocast would cast the parameters; what needs them so does it itself.
         kind = data.device.type
         casts = torch.is_autocast_enabled(kind) and data.dtype == torch.get_autocast_dtype(kind)

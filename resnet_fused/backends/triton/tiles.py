@@ -142,7 +142,8 @@ def tile_offsets(o_r, o_c, channels, pixels, LAYOUT: tl.constexpr):
         else:
             image = o_r // pixels
         inside = o_r - image * pixels
-        return (image * channels * pixels + inside)[:, None] + o_c[None, :] * pixels
+        channel = o_c[None, :].to(tl.int64) * pixels
+        return (image * channels * pixels + inside)[:, None] + channel
 
 
 @triton.jit
