@@ -112,7 +112,7 @@ class Run:
         return left + self.cases(planned[3:])
 
     def part(self, key: str, make: Callable[[], Any], *, again: bool = False) -> None:
-        """Put what `make` returns into the file if it is not there, or `again`, and there is time."""
+        """Put what `make` returns into the file if it is missing, or `again`, and there is time."""
         known = self.record.data.get(key)
         retry = (again or gpu_summary.has_failed(known)) and self.args.again is None
         if (known is not None and not retry) or time.monotonic() >= self.deadline:
