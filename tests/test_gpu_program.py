@@ -228,7 +228,8 @@ def test_a_whole_run(
     assert "failed or wrong: nothing" in summary and "of the floor" in summary
     (path,) = (tmp_path / "new").glob("h200-*.json")
     assert set(json.loads(path.read_text())) == {
-        "cases", "environment", "command", "ceilings", "tuned", "tuned_cases", "convolutions", "passes"
+        "cases", "environment", "command", "ceilings", "tuned", "tuned_cases", "convolutions",
+        "passes",
     }  # fmt: skip
 
     for part in pretended.values():
