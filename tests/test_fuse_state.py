@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
-from resnet_fused import FusionError, explain, fuse, unfuse
+from resnet_fused import FusionError, explain, fuse, kept, unfuse
 
 SHAPES_OF_STATE = [
     "biased_block",
@@ -410,6 +410,14 @@ def train_and_back(model: nn.Module) -> None:
     model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9)) * 3.0)
 
 
+def norm_by_itself(model: nn.Module) -> None:
+    # eager PyTorch's own kernel: it leaves running statistics at the same version
+    bn = model[1].conv1[1]
+    bn.train()
+    bn(3.0 * torch.randn(4, bn.num_features, 8, 8, generator=torch.Generator().manual_seed(3)))
+    bn.eval()
+
+
 def swap_out_and_in(model: nn.Module) -> None:
     a, b = model[1].conv1[0], model[1].conv2[0]
     a.weight, b.weight = b.weight, a.weight
@@ -430,6 +438,7 @@ def swap_out_and_in(model: nn.Module) -> None:
         drop_bias,
         change_eps,
         train_and_back,
+        norm_by_itself,
         swap_out_and_in,
     ],
 )
@@ -441,6 +450,16 @@ def test_a_change_after_the_first_call_is_seen(change: Callable[[nn.Module], Non
     change(plain)
     assert not torch.equal(infer(fused, picture()), first)
     assert_same_function(fused, plain, change.__name__, picture())
+
+
+def test_nothing_is_kept_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 gathers into the same tensor, at the same address and version."""
+    fused, plain = fuse(network()), network()
+    monkeypatch.setattr(kept, "_fully_sharded", lambda: True)
+    infer(fused, picture())
+    for model in (fused, plain):
+        model[1].conv1[0].weight.data.mul_(2.0)
+    assert_same_function(fused, plain, "gathered", picture())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

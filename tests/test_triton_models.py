@@ -13,6 +13,7 @@ import pytest
 import torch
 from tolerance import assert_all_parity, assert_parity, double_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_case import results, smooth
 from triton_case import DEVICE, chosen, gpus_place, launches, needs_kernels
@@ -270,3 +271,26 @@ def test_several_shapes_are_remembered(monkeypatch: Any) -> None:
             for images_ in (x, x[:2], x[:, :, :5].contiguous(memory_format=torch.channels_last)):
                 assert torch.allclose(fused(images_), model(images_), atol=1e-5)
     assert len(folds) == 2  # one for each convolution
+
+
+def test_a_plain_tensor_in_a_parameters_place(monkeypatch: Any) -> None:
+    """As FSDP1 has it while forward runs."""
+    model, x = block("basic").eval(), images("basic")
+    fused = fuse(model)
+    conv = fused.get_submodule("conv1")
+    weight = conv._parameters.pop("weight")
+    assert weight is not None
+    conv.weight = weight.detach()  # type: ignore[assignment]
+    with torch.no_grad():
+        assert torch.allclose(fused(x), model(x), atol=1e-5)
+
+
+def test_forward_mode_derivatives_run_unfused() -> None:
+    model, x = block("basic").eval(), images("basic")
+    fused, tangent = fuse(model), torch.randn_like(x)
+    tangents = []
+    for each in (fused, model):
+        with torch.no_grad(), forward_ad.dual_level():
+            y = each(forward_ad.make_dual(x, tangent))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    assert tangents[0] is not None and torch.allclose(tangents[0], tangents[1], atol=1e-5)

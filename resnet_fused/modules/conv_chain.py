@@ -186,11 +186,13 @@ class ConvChain:
         data, like = found
         programs = self._on_gpu.get(*self._state(modules), dict)
         key = (like, data is input, gpu_choice.state(data.dtype))
-        if key not in programs:
+        try:
+            program = programs[key]
+        except KeyError:
+            program = self._prepare_on_gpu(like, modules, casts=data is not input)
             if len(programs) >= _MOST_PROGRAMS:
                 programs.clear()
-            programs[key] = self._prepare_on_gpu(like, modules, casts=data is not input)
-        program = programs[key]
+            programs[key] = program
         return None if program is None else program(data)
 
     def _prepare_on_gpu(
