@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from resnet_fused import benchmark
+from resnet_fused import benchmark, cli
 from resnet_fused.benchmark.measure import interleave
 
 CALLS = 2000
@@ -38,13 +37,8 @@ def main() -> int:
     microseconds = {name: timing.median_ms * 1e3 / CALLS for name, timing in timings.items()}
     rows = [[name, f"{value:.1f}"] for name, value in microseconds.items()]
     benchmark.print_table("one call", ("way", "µs"), rows, sys.stdout)
-    if args.json is not None:
-        data = {
-            "environment": benchmark.environment(),
-            "command": "bench_dispatch.py",
-            "microseconds": microseconds,
-        }
-        benchmark.write_atomically(Path(args.json), benchmark.json_text(data).encode())
+    about = {"environment": benchmark.environment(), "command": "bench_dispatch.py"}
+    cli.write_json(args.json, {**about, "microseconds": microseconds})
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import resnet_fused
-from resnet_fused import benchmark
+from resnet_fused import benchmark, cli
 from resnet_fused.backends.triton import support
 from resnet_fused.benchmark.measure import interleave
 from resnet_fused.models.blocks import Bottleneck
@@ -34,7 +33,7 @@ CALLS = 300
 CPU = torch.device("cpu")
 
 
-class _Driver:
+class Driver:
     """Stands in for CUDA's."""
 
     def get_current_target(self) -> GPUTarget:
@@ -67,7 +66,7 @@ def _compile(self: Any, key: Any, signature: Any, device: int, *args: Any) -> _C
 
 def take_the_gpus_place() -> torch.library.Library:
     """From here on CPU tensors go where CUDA tensors would."""
-    triton.runtime.driver._active = _Driver()  # type: ignore[attr-defined]
+    triton.runtime.driver._active = Driver()  # type: ignore[attr-defined]
     JITFunction._do_compile = _compile  # type: ignore[method-assign]
     support.on_gpu = lambda tensor: True
     support._unsupported = lambda device: None  # type: ignore[assignment]
@@ -130,13 +129,8 @@ def main() -> int:
     rows = [[*map(str, row[:2]), *(f"{v:.1f}" for v in row[2:])] for row in map(_values, found)]
     header = ("step", "mode", "eager µs", "fused µs")
     benchmark.print_table("one call, nothing launched", header, rows, sys.stdout)
-    if args.json is not None:
-        data = {
-            "environment": benchmark.environment(),
-            "command": "bench_host.py",
-            "steps": found,
-        }
-        benchmark.write_atomically(Path(args.json), benchmark.json_text(data).encode())
+    about = {"environment": benchmark.environment(), "command": "bench_host.py"}
+    cli.write_json(args.json, {**about, "steps": found})
     library._destroy()
     return 0
 

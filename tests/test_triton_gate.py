@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_host  # noqa: E402
 import torch  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from resnet_fused.backends.triton.configs import CONFIGS, Config  # noqa: E402
 
@@ -55,26 +55,13 @@ def test_gate_finds_what_is_wrong() -> None:
     )
 
 
-class _Driver:
-    """Stands in for CUDA's."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def test_kernels_are_compiled_ahead_and_not_launched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As tuning has it; what cannot be compiled raises where it is launched."""
     from resnet_fused.backends.triton import conv_bn_act, launch
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    monkeypatch.setattr(triton.runtime.driver, "_active", bench_host.Driver())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     conv_bn_act.conv_kernel.device_caches.clear()
     x = torch.empty(1, 64, 4, 4, dtype=torch.float16, device="meta").to(
