@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 
 from resnet_fused import benchmark
 from resnet_fused.benchmark import Case, Mode, Result
@@ -87,31 +89,28 @@ class Planned:
 def planned_cases(only: str = "") -> list[Planned]:
     """The whole matrix, the most valuable first; those whose name contains `only`.
 
-    What is untuned comes before anything is tuned. Then comes ResNet-50 in bfloat16, large and
-    small; then its other dtypes and batches; then one large and one small batch and a training
-    step of each other network; then the rest. Autotuned parts come right behind the first and, for
-    everything else, last.
+    What is untuned comes before anything is tuned. Then comes ResNet-50 in bfloat16: large, small,
+    and a training step. Then a large batch and a training step of each other network; ResNet-50's
+    other dtypes, and every network's small batch; the rest. Autotuned parts, which compile for
+    minutes, come last.
     """
     bf16 = [Planned("resnet50", "inference", "bf16", batch) for batch in INFERENCE_BATCHES]
     steps = [Planned("resnet50", "training", "bf16", batch) for batch in TRAINING_BATCHES]
-    untuned = [replace(bf16[0], untuned=True), replace(steps[0], untuned=True)]
-    first = [*untuned, *bf16[:2], steps[0], _autotuned(bf16[0]), _autotuned(bf16[1]), bf16[2]]
-    first += [Planned("resnet50", "inference", dtype, 256) for dtype in DTYPES[1:]]
-    first.append(steps[1])
-    for model in MODELS[1:]:
-        first += [Planned(model, "inference", "bf16", batch) for batch in INFERENCE_BATCHES[:2]]
-        first.append(Planned(model, "training", "bf16", TRAINING_BATCHES[0]))
+    others, (large, small) = MODELS[1:], INFERENCE_BATCHES[:2]
+    first = [replace(bf16[0], untuned=True), replace(steps[0], untuned=True)]
+    first += [*bf16[:2], steps[0]]
+    first += [Planned(model, "inference", "bf16", large) for model in others]
+    first += [Planned(model, "training", "bf16", TRAINING_BATCHES[0]) for model in others]
+    first += [Planned("resnet50", "inference", dtype, large) for dtype in DTYPES[1:]]
+    first += [Planned(model, "inference", "bf16", small) for model in others]
+    first += [bf16[2], steps[1]]
     rest = [
         *(Planned(m, "inference", d, b) for m, d, b in product(MODELS, DTYPES, INFERENCE_BATCHES)),
         *(Planned(m, "training", "bf16", b) for m, b in product(MODELS, TRAINING_BATCHES)),
     ]
-    autotuned = [_autotuned(p) for p in rest]
+    autotuned = [replace(p, autotuned=True) for p in (bf16[0], bf16[1], *rest)]
     ordered = dict.fromkeys([*first, *rest, *autotuned])
     return [p for p in ordered if only in p.name]
-
-
-def _autotuned(planned: Planned) -> Planned:
-    return replace(planned, autotuned=True)
 
 
 def file_name(gpu: str, date: str, commit: str | None) -> str:
@@ -177,7 +176,7 @@ def measure_case(planned: Planned) -> list[Result]:
     """Run one case on the GPU."""
     case = planned.case()
     unmeasured = without_choices() if planned.untuned else contextlib.nullcontext()
-    with unmeasured, benchmark.ProgressBar() as progress:
+    with unmeasured, quiet_autotuning(), benchmark.ProgressBar() as progress:
         return benchmark.run_case(
             case,
             benchmark.load_model(case.model),
@@ -187,6 +186,20 @@ def measure_case(planned: Planned) -> list[Result]:
             limit_s=_LIMIT_S,
             progress=progress,
         )
+
+
+@contextlib.contextmanager
+def quiet_autotuning() -> Iterator[None]:
+    """In here Inductor prints no tables of what it tried, nor what did not fit."""
+    logger = logging.getLogger("torch._inductor.select_algorithm")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    tables = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    try:
+        with torch._inductor.config.patch(tables):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,10 @@ def test_the_most_valuable_comes_first() -> None:
         "resnet50 inference bf16 b256 untuned", "resnet50 training bf16 b256 untuned",
         "resnet50 inference bf16 b256", "resnet50 inference bf16 b1", "resnet50 training bf16 b256",
     ]  # fmt: skip
+    assert [name.split()[0] for name in names[5:9]] == list(gpu_cases.MODELS[1:])
     plain = [name for name in names[2:] if not name.endswith("max-autotune")]
+    assert names[2:][: len(plain)] == plain  # autotuned parts are last
+    assert names[2:][len(plain)] == "resnet50 inference bf16 b256 max-autotune"
     assert len(set(names)) == len(names) == 2 + 2 * len(plain) == 2 + 2 * (5 * 3 * 5 + 5 * 2)
     assert all(p.name.startswith("resnet50") for p in gpu_cases.planned_cases("resnet50 "))
 
