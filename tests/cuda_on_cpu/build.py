@@ -1,0 +1,218 @@
+"""Builds ``csrc/cuda`` for the CPU, and loads its operators.
+
+>>> from cuda_on_cpu import build
+>>> ops = build.load()  # torch.ops.resnet_fused_cuda_on_cpu
+>>> ops.bn_act(input, None, None, None, 1e-5, "relu", 0.0)
+
+Modes: ``plain``; ``asan``, with AddressSanitizer, for a process that was started with its library
+preloaded (``make sanitize-cuda``). ``RESNET_FUSED_CUDA_MODE`` names the one that is taken by default,
+``RESNET_FUSED_CUDA_ORDER`` the order in which threads run. Objects are kept under
+``build/cuda_on_cpu/<mode>`` and made again when a file they read has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "csrc" / "cuda"
+NAMESPACE = "resnet_fused_cuda_on_cpu"
+TORCH_2_11 = "0x020b000000000000"
+
+# Undefined behaviour becomes an error of the launch (undefined.cpp), in every mode.
+UNDEFINED = "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
+COMMON = [
+    "-std=c++17",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-strict-aliasing",  # as device code is compiled
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
+]
+MODES = {  # of kernels; of the runtime; of linking
+    "plain": (["-O2", UNDEFINED], [], []),
+    "asan": (
+        ["-O1", UNDEFINED, "-fsanitize=address", "-fno-omit-frame-pointer"],
+        ["-DRESNET_FUSED_ASAN"],
+        ["-fsanitize=address"],
+    ),
+}
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++").split()[0]
+
+
+def cuda_include() -> Path | None:
+    """The toolkit's headers: those of nvcc, of CUDA_HOME or of Triton, which brings them along."""
+    places = []
+    if home := os.environ.get("CUDA_HOME"):
+        places.append(Path(home) / "include")
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parents[1] / "include")
+    places += sorted(Path("/usr/local").glob("cuda*/include"))
+    with contextlib.suppress(ImportError):
+        import triton
+
+        places.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
+    return next((place for place in places if (place / "cuda_bf16.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Why kernels cannot be built for the CPU here, or None."""
+    if platform.machine() != "x86_64":
+        return f"fibers are written for x86-64, this is {platform.machine()}"
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler ({compiler()!r} not found)"
+    if cuda_include() is None:
+        return "no CUDA headers (neither nvcc nor Triton brings cuda_bf16.h)"
+    return None
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def _newer_than(made: Path, sources: Iterable[Path]) -> bool:
+    """Whether `made` is there and no source is newer; a source that has gone is newer."""
+    if not made.exists():
+        return False
+    when = made.stat().st_mtime_ns
+    return all(source.exists() and source.stat().st_mtime_ns <= when for source in sources)
+
+
+def _dependencies(made: Path) -> list[Path] | None:
+    """What the compiler noted that it read, or None."""
+    note = made.with_suffix(".d")
+    if not note.exists():
+        return None
+    return [Path(name) for name in note.read_text().replace("\\\n", " ").split()[1:]]
+
+
+def _make(made: Path, command: list[str], sources: list[Path] | None) -> bool:
+    """Runs the command, which writes `made`, unless it has been run on these sources."""
+    note = made.with_suffix(made.suffix + ".command")
+    text = " ".join(command)
+    if sources is not None and _newer_than(made, sources) and note.exists():
+        if note.read_text() == text:
+            return False
+    made.unlink(missing_ok=True)
+    started = time.time_ns()  # what is edited while the compiler runs counts as newer
+    _run(command)
+    os.utime(made, ns=(started, started))
+    note.write_text(text)
+    return True
+
+
+def _object(source: Path, flags: list[str], directory: Path) -> Path:
+    made = directory / f"{source.stem}{source.suffix.replace('.', '_')}.o"
+    includes = [f"-I{HERE}"]
+    for path in (*cpp_extension.include_paths(), cuda_include()):
+        includes += ["-isystem", str(path)]
+    command = [compiler(), "-x", "c++", *COMMON, *flags, *includes]
+    command += ["-MMD", "-c", str(source), "-o", str(made)]
+    _make(made, command, _dependencies(made))
+    return made
+
+
+def _library(
+    made: Path, sources: Iterable[Path], flags: list[str], link: list[str], *needs: Path
+) -> Path:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags, made.parent), sources))
+    command = [compiler(), "-shared", *link, "-o", str(made), *map(str, objects), *map(str, needs)]
+    command += [f"-L{path}" for path in cpp_extension.library_paths()]
+    command += ["-ltorch_cpu", "-ltorch", "-Wl,-rpath,$ORIGIN", "-Wl,-z,origin"]
+    _make(made, command, [*objects, *needs])
+    return made
+
+
+@contextlib.contextmanager
+def _only_one(directory: Path) -> Iterator[None]:
+    """One process at a time, of all workers of a test run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def runtime(mode: str) -> Path:
+    """The library that stands for the chip."""
+    _, flags, link = MODES[mode]
+    directory = ROOT / "build" / "cuda_on_cpu" / mode
+    with _only_one(directory):
+        sources = sorted(HERE.glob("*.cpp"))
+        return _library(directory / "libcuda_on_cpu.so", sources, ["-O3", *flags], link)
+
+
+def library(mode: str, name: str, sources: Iterable[Path]) -> Path:
+    """A shared library of kernels."""
+    needs = runtime(mode)
+    flags, _, link = MODES[mode]
+    with _only_one(needs.parent):
+        return _library(needs.with_name(f"lib{name}.so"), sources, flags, link, needs)
+
+
+def registered(source: Path) -> list[str]:
+    """The operators that a file implements by RESNET_FUSED_OPERATORS."""
+    blocks = re.findall(
+        r"^RESNET_FUSED_OPERATORS\(m\) \{(.*?)^\}", source.read_text(), re.DOTALL | re.MULTILINE
+    )
+    return [name for block in blocks for name in re.findall(r'm\.impl\(\s*"(\w+)"', block)]
+
+
+@functools.cache
+def load(mode: str | None = None) -> Any:
+    """``torch.ops.resnet_fused_cuda_on_cpu`` with every operator of ``csrc/cuda`` and its schema."""
+    import resnet_fused  # noqa: F401  defines the schemas
+
+    mode = mode or os.environ.get("RESNET_FUSED_CUDA_MODE", "plain")
+    sources = sorted(KERNELS.glob("*.cu"))
+    path = library(mode, "kernels", sources)
+    load_runtime(mode)
+    fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name in [name for source in sources for name in registered(source)]:
+        schema = str(getattr(torch.ops.resnet_fused, name).default._schema)
+        fragment.define(schema.removeprefix("resnet_fused::"))
+    _kept.append(fragment)
+    torch.ops.load_library(str(path))
+    return getattr(torch.ops, NAMESPACE)
+
+
+@functools.cache
+def load_runtime(mode: str) -> Any:
+    torch.ops.load_library(str(runtime(mode)))
+    ops = getattr(torch.ops, NAMESPACE)
+    ops._set_order(os.environ.get("RESNET_FUSED_CUDA_ORDER", "forward"))
+    return ops
+
+
+_kept: list[torch.library.Library] = []  # a library's operators go with it
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=MODES, default="plain")
+    print(library(parser.parse_args().mode, "kernels", sorted(KERNELS.glob("*.cu"))))
