@@ -52,9 +52,35 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Where this library's kernels run. The dispatcher calls them as soon as one argument is there.
+#ifdef __CUDACC__
+constexpr const char* kDeviceName = "CUDA";
+inline bool is_here(const Tensor& tensor) {
+  return tensor.is_cuda();
+}
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.get_device_index() == b.get_device_index();
+}
+#else
+constexpr const char* kDeviceName = "CPU";
+inline bool is_here(const Tensor& tensor) {
+  return tensor.is_cpu();
+}
+inline bool same_device(const Tensor&, const Tensor&) {
+  return true;
+}
+#endif
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& input) {
+  check(is_here(tensor), op, ": ", name, " must be a ", kDeviceName, " tensor");
+  check(same_device(tensor, input), op, ": ", name, " must be on the device of input, ",
+        input.get_device_index(), ", got ", tensor.get_device_index());
+}
+
 // The tensor whose layout the others follow: rank >= 2 with the channels in dimension 1.
 inline void check_data(const char* op, const char* name, const Tensor& tensor) {
-  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check(is_here(tensor), op, ": ", name, " must be a ", kDeviceName, " tensor");
   check(tensor.dim() >= 2, op, ": ", name,
         " must have at least 2 dimensions (N, C, ...), got shape ", shape_text(tensor.sizes()));
   const ScalarType dtype = tensor.scalar_type();
@@ -65,7 +91,7 @@ inline void check_data(const char* op, const char* name, const Tensor& tensor) {
 
 inline void check_like(const char* op, const char* name, const Tensor& tensor,
                        const Tensor& input) {
-  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check_device(op, name, tensor, input);
   check(tensor.scalar_type() == input.scalar_type(), op, ": ", name,
         " must have the dtype of input, ", dtype_name(input.scalar_type()), ", got ",
         dtype_name(tensor.scalar_type()));
@@ -78,7 +104,7 @@ inline void check_vector(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& input) {
   const ScalarType expected =
       input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(tensor.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  check_device(op, name, tensor, input);
   check(tensor.scalar_type() == expected, op, ": ", name, " must be ", dtype_name(expected),
         " beside ", dtype_name(input.scalar_type()), " input, got ",
         dtype_name(tensor.scalar_type()));

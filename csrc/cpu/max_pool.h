@@ -1,25 +1,14 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include "../common/check.h"
+#include "../common/pool_shape.h"
 
 namespace resnet_fused {
 
-struct PoolShape {
-  int64_t channels;
-  int64_t height, width;          // of the input
-  int64_t out_height, out_width;  // of the output
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
-};
-
-// `window` is kernel_size, stride, padding and dilation, two numbers each.
-PoolShape pool_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window);
-// The same where it is kept which of a window's pixels its largest value was found at.
-PoolShape positions_shape(const char* op, const Tensor& input, const std::vector<int64_t>& window);
-
-constexpr int64_t kMostPositions = 255;  // pixels of such a window
+inline void check_has_kernel(const char* op, const Tensor& input) {
+  check(input.scalar_type() != ScalarType::Half, op, ": input must not be float16");
+}
 
 // Data are [N][H][W][C]. `positions`, if not null, are where in its window each output was found,
 // kernel[1] * row + column; of several the first, as in eager PyTorch.

@@ -61,11 +61,6 @@ void update_running_statistics(const std::vector<Tensor>& running,
 }  // namespace
 }  // namespace resnet_fused
 
-STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
-  m.def(
-      "_update_running_statistics(Tensor(a!)[] running, Tensor(b!)[] counters, Tensor[] batch, "
-      "float[] factors, float momentum) -> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_update_running_statistics", TORCH_BOX(&resnet_fused::update_running_statistics));
 }

@@ -29,6 +29,7 @@ std::tuple<Tensor, Tensor> train_pool(const Tensor& input, const std::vector<Ten
                                       const std::vector<int64_t>& window) {
   constexpr const char* op = "_train_pool";
   const PoolShape shape = positions_shape(op, input, window);
+  check_has_kernel(op, input);
   const ScalarType dtype = input.scalar_type();
   const Tensor z = dense(input, MemoryFormat::ChannelsLast);
   const Norm norm(op, "vectors", vectors, eps, act, negative_slope, z);
@@ -56,14 +57,12 @@ std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& pos
                                            const std::vector<int64_t>& window) {
   constexpr const char* op = "_train_pool_sums";
   const PoolShape shape = positions_shape(op, input, window);
+  check_has_kernel(op, input);
   const ScalarType dtype = input.scalar_type();
   const Tensor z = dense(input, MemoryFormat::ChannelsLast);
   const Tensor g = dense(grad, MemoryFormat::ChannelsLast);
   const Tensor p = dense(positions, MemoryFormat::ChannelsLast);
-  check(g.scalar_type() == dtype && same_shape(g, p) && g.size(0) == z.size(0) &&
-            g.size(1) == z.size(1) && g.size(2) == shape.out_height && g.size(3) == shape.out_width,
-        op, ": grad and positions must have the shape of the pool's output, got ",
-        shape_text(g.sizes()), " and ", shape_text(p.sizes()));
+  check_pooled(op, g, p, z, shape);
   const Norm norm(op, "vectors", vectors, eps, act, negative_slope, g);
   check(static_cast<bool>(norm), op, ": vectors must be mean, var, weight and bias, got none");
   // A pixel that no window chose adds nothing.
@@ -92,14 +91,6 @@ std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& pos
 }  // namespace
 }  // namespace resnet_fused
 
-STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
-  m.def(
-      "_train_pool(Tensor input, Tensor[] vectors, float eps, str act, float negative_slope, "
-      "int[] window) -> (Tensor output, Tensor positions)");
-  m.def(
-      "_train_pool_sums(Tensor grad, Tensor positions, Tensor input, Tensor[] vectors, float eps, "
-      "str act, float negative_slope, int[] window) -> (Tensor grad_weight, Tensor grad_bias)");
-}
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("_train_pool", TORCH_BOX(&resnet_fused::train_pool));
   m.impl("_train_pool_sums", TORCH_BOX(&resnet_fused::train_pool_sums));

@@ -84,6 +84,45 @@ _library.define(
     "str act, float negative_slope) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# conv_bn_act by a kernel of csrc/cuda, of weights that were packed for it (backends/cuda_conv.py);
+# `geometry` is kernel size, stride, padding and dilation, two numbers each.
+_library.define(
+    "_cuda_conv(Tensor input, Tensor weights, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "int out_channels, int[] geometry, int groups, str act, float negative_slope, str algorithm) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Max-pooling of channels_last images; `window` is kernel_size, stride, padding and dilation, two
+# numbers each, and `positions` are places in it, kernel width · row + column, uint8.
+_library.define(
+    "_max_pool2d(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# max-pool(act(bn(input))); `vectors` are mean, var, weight and bias, of the last two one that is
+# empty for none. CUDA also takes no vectors at all: max-pool(input).
+_library.define(
+    "_train_pool(Tensor input, Tensor[] vectors, float eps, str act, float negative_slope, "
+    "int[] window) -> (Tensor output, Tensor positions)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The gradients of its weight and bias.
+_library.define(
+    "_train_pool_sums(Tensor grad, Tensor positions, Tensor input, Tensor[] vectors, float eps, "
+    "str act, float negative_slope, int[] window) -> (Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The gradient of what was pooled; of `input` only shape and dtype are read.
+_library.define(
+    "_max_unpool(Tensor grad, Tensor positions, Tensor input, int[] window) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# running = (1 - momentum) running + momentum factor batch,   counter += 1
+_library.define(
+    "_update_running_statistics(Tensor(a!)[] running, Tensor(b!)[] counters, Tensor[] batch, "
+    "float[] factors, float momentum) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,6 +177,14 @@ def _(input, scale, shift, residual, act, slope):
     return None
 
 
+@torch.library.register_fake(f"{NAMESPACE}::_cuda_conv", lib=_library)
+def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
+    kernel, stride, padding, dilation = (geometry[i : i + 2] for i in (0, 2, 4, 6))
+    like = torch.empty(out_channels, 1, *kernel, device="meta")
+    size = conv_output_size(input.shape, like, stride, padding, dilation)
+    return input.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)
 def _(input, residual, weight, bias, eps, act, slope):
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
@@ -170,6 +217,42 @@ def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, h
 @torch.library.register_fake(f"{NAMESPACE}::bn_act_backward_input", lib=_library)
 def _(grad, input, mean, var, weight, bias, grad_weight, grad_bias, eps, act, slope, count):
     return _like(input)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_max_pool2d", lib=_library)
+def _(input, kernel_size, stride, padding, dilation):
+    return _pooled(input, kernel_size, stride, padding, dilation)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_train_pool", lib=_library)
+def _(input, vectors, eps, act, slope, window):
+    output = _pooled(input, *(window[i : i + 2] for i in (0, 2, 4, 6)))
+    return output, torch.empty_like(output, dtype=torch.uint8)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_train_pool_sums", lib=_library)
+def _(grad, positions, input, vectors, eps, act, slope, window):
+    sums = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
+    return sums, torch.empty_like(sums)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_max_unpool", lib=_library)
+def _(grad, positions, input, window):
+    return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_update_running_statistics", lib=_library)
+def _(running, counters, batch, factors, momentum):
+    return None
+
+
+def _pooled(input, kernel, stride, padding, dilation):
+    height, width = (
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    size = (input.shape[0], input.shape[1], height, width)
+    return input.new_empty(size).contiguous(memory_format=torch.channels_last)
 
 
 def _like(input: Tensor) -> Tensor:

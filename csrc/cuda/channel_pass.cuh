@@ -1,0 +1,196 @@
+// How threads go through a tensor whose numbers belong to channels.
+//
+// A tensor is [outer][channels][inner] without gaps. In rows (inner = 1, channels_last) a thread
+// owns the n channels of one access and goes down the rows; in planes (contiguous images) it owns
+// one channel, of which an access holds n numbers. `lanes` threads of a block stand side by side in
+// the direction of channels, 128 bytes wide where there are as many; the others are below each
+// other. All blocks go on together, so that what they read lies close together at any time:
+//
+//     unit of thread (row, lane) in step i = (i * chunks + chunk) * rows + row
+//
+// What is per channel is computed once a block and handed round in shared memory.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "../common/layout.h"
+#include "allocate.h"
+#include "numbers.cuh"
+#include "operator.h"
+
+namespace resnet_fused::cuda {
+
+constexpr int kThreads = 256;
+
+// Blocks of a pass: 132 (an H200's multiprocessors) times what these kernels' registers let run at
+// once. Fewer where partial results are left to combine.
+constexpr int kStreamingBlocks = 132 * 8;
+constexpr int kReducingBlocks = 132 * 4;
+
+struct Pass {
+  int64_t units;  // accesses of a channel
+  int64_t channels;
+  int64_t inner;  // numbers of a plane
+  int lanes, lanes_log2;
+  int slabs;   // blocks side by side
+  int chunks;  // blocks below each other
+
+  int blocks() const { return slabs * chunks; }
+};
+
+inline Pass make_pass(const Extent& extent, int n, bool planes, int unroll, int blocks) {
+  Pass pass{
+      extent.outer * (planes ? extent.inner / n : 1), extent.channels, extent.inner, 1, 0, 0, 0};
+  const int64_t wanted = planes ? 1 : extent.channels / n;  // lanes
+  const int most = planes ? 1 : n == 1 ? 32 : 8;
+  while (pass.lanes < most && pass.lanes < wanted) {
+    pass.lanes *= 2;
+    ++pass.lanes_log2;
+  }
+  const int64_t across = planes ? extent.channels : (wanted + pass.lanes - 1) / pass.lanes;
+  check(across <= (int64_t(1) << 30), "input has too many channels, got ", extent.channels);
+  pass.slabs = static_cast<int>(across);
+  const int64_t step = int64_t(kThreads) / pass.lanes * unroll;
+  pass.chunks = static_cast<int>(std::clamp<int64_t>((pass.units + step - 1) / step, 1,
+                                                     std::max<int64_t>(1, blocks / across)));
+  return pass;
+}
+
+// --- on the device --------------------------------------------------------------------------
+
+// 64-bit division is a subroutine, 32-bit division ten instructions.
+DEVICE_INLINE int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
+// A thread's channels and units, for accesses of n numbers.
+template <int n, bool planes>
+struct Place {
+  static constexpr int own = planes ? 1 : n;  // channels of the thread
+
+  int64_t channel;  // the first of them
+  int64_t unit;     // the first
+  int64_t step;     // from one to the next
+  int lane, row, rows;
+  bool active;  // there are such channels
+
+  DEVICE_INLINE explicit Place(const Pass& pass) {
+    lane = static_cast<int>(threadIdx.x) & (pass.lanes - 1);
+    row = static_cast<int>(threadIdx.x) >> pass.lanes_log2;
+    rows = kThreads >> pass.lanes_log2;
+    const int slab = static_cast<int>(blockIdx.x) % pass.slabs;
+    const int chunk = static_cast<int>(blockIdx.x) / pass.slabs;
+    channel = (static_cast<int64_t>(slab) * pass.lanes + lane) * own;
+    active = channel < pass.channels;
+    unit = static_cast<int64_t>(chunk) * rows + row;
+    step = static_cast<int64_t>(pass.chunks) * rows;
+  }
+
+  // Where a unit begins.
+  DEVICE_INLINE int64_t offset(const Pass& pass, int64_t unit) const {
+    if constexpr (planes) {
+      const int64_t across = pass.inner / n, image = quotient(unit, across);
+      return (image * pass.channels + channel) * pass.inner + (unit - image * across) * n;
+    } else {
+      return unit * pass.channels + channel;
+    }
+  }
+};
+
+// The number of an access's i-th number's channel among the thread's own.
+template <bool planes>
+DEVICE_INLINE constexpr int channel_of(int i) {
+  return planes ? 0 : i;
+}
+
+// Runs body(offset, i) for unroll units at a time, before(): loads of all of them first.
+template <int unroll, int n, bool planes, bool backwards, class Load, class Use, class Prepare>
+DEVICE_INLINE void for_units(const Pass& pass, const Place<n, planes>& place, const Load& load,
+                             const Prepare& prepare, const Use& use) {
+  int64_t unit = place.active ? place.unit : pass.units;
+  const auto for_each = [&](const auto& body) {
+#pragma unroll
+    for (int i = 0; i < unroll; ++i) {
+      const int64_t at = unit + i * place.step;
+      if (at < pass.units) body(i, place.offset(pass, backwards ? pass.units - 1 - at : at));
+    }
+  };
+  for_each(load);  // they are under way while the channels' numbers are prepared
+  prepare();
+  while (unit < pass.units) {
+    for_each(use);
+    unit += unroll * place.step;
+    for_each(load);
+  }
+}
+
+// Calls value(channel, numbers) for every channel of the block; it gives `count` numbers for it,
+// which all threads find afterwards at shared_memory() as [count][channels of the block].
+template <class A, int count, int n, bool planes, class Value>
+DEVICE_INLINE void stage_channels(const Pass& pass, const Place<n, planes>& place,
+                                  const Value& value) {
+  A* const shared = reinterpret_cast<A*>(shared_memory());
+  const int width = pass.lanes * Place<n, planes>::own;
+  const int mine = static_cast<int>(threadIdx.x);
+  const int64_t channel = place.channel - place.lane * Place<n, planes>::own + mine;
+  if (mine < width) {
+    A numbers[count] = {};
+    if (channel < pass.channels) value(channel, numbers);
+#pragma unroll
+    for (int i = 0; i < count; ++i) shared[i * width + mine] = numbers[i];
+  }
+  sync_block();
+}
+
+// The which-th of what stage_channels made of a thread's own channels.
+template <class A, int n, bool planes>
+DEVICE_INLINE void staged(const Pass& pass, const Place<n, planes>& place, int which,
+                          A (&to)[Place<n, planes>::own]) {
+  constexpr int own = Place<n, planes>::own;
+  const A* const shared = reinterpret_cast<const A*>(shared_memory());
+  read_shared<A, own>(shared + (which * pass.lanes + place.lane) * own, to);
+}
+
+// --- on the host ----------------------------------------------------------------------------
+
+// Shared memory for stage_channels, of `staged` numbers a channel.
+template <class A>
+size_t staged_bytes(const Pass& pass, int own, int staged) {
+  return sizeof(A) * static_cast<size_t>(staged * pass.lanes * own);
+}
+
+inline bool is_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  }
+  return true;
+}
+
+// Calls body(T(), n, planes) with the dtype's type and, as constants, how it is to be accessed.
+template <class Body>
+void with_access(ScalarType dtype, const Extent& extent,
+                 std::initializer_list<const void*> pointers, const Body& body) {
+  const bool planes = extent.inner > 1, aligned = is_aligned(pointers);
+  const auto with_type = [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int n = kVector<T>;
+    const bool many = n > 1 && aligned && (planes ? extent.inner : extent.channels) % n == 0;
+    using Many = std::integral_constant<int, n>;
+    using One = std::integral_constant<int, 1>;
+    if (planes) {
+      many ? body(zero, Many(), std::true_type()) : body(zero, One(), std::true_type());
+    } else {
+      many ? body(zero, Many(), std::false_type()) : body(zero, One(), std::false_type());
+    }
+  };
+  switch (dtype) {
+    case ScalarType::Float: return with_type(float());
+    case ScalarType::Double: return with_type(double());
+    case ScalarType::BFloat16: return with_type(bfloat16());
+    default: return with_type(half());
+  }
+}
+
+}  // namespace resnet_fused::cuda

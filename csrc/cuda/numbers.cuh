@@ -1,0 +1,96 @@
+// Numbers of a tensor on their way: one, or the 16 bytes that a thread moves at once, widened to
+// what is computed with.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "hardware.cuh"
+
+namespace resnet_fused::cuda {
+
+// float64 for float64, else float32.
+template <class T>
+using compute_t = std::conditional_t<std::is_same<T, double>::value, double, float>;
+
+// Numbers in 16 bytes. float64 is there for correctness, one number at a time.
+template <class T>
+constexpr int kVector = std::is_same<T, double>::value ? 1 : 16 / static_cast<int>(sizeof(T));
+
+// What holds n numbers as they lie in memory.
+template <class T, int n>
+using Raw = std::conditional_t<n == 1, T, Bytes16>;
+
+DEVICE_INLINE double to_float(double x) {
+  return x;
+}
+
+template <class T>
+DEVICE_INLINE T narrowed(compute_t<T> x) {
+  if constexpr (std::is_same<T, double>::value) {
+    return x;
+  } else {
+    return rounded<T>(x);
+  }
+}
+
+// From memory that this kernel may also write to.
+template <class T, int n>
+DEVICE_INLINE Raw<T, n> load(const T* from) {
+  static_assert(n == 1 || n == kVector<T>);
+  return *reinterpret_cast<const Raw<T, n>*>(from);
+}
+
+// From memory that nobody writes to, and that is not read again soon.
+template <class T, int n>
+DEVICE_INLINE Raw<T, n> load_stream(const T* from) {
+  if constexpr (n == 1) {
+    return *from;
+  } else {
+    return load_once(from);
+  }
+}
+
+template <class T, int n>
+DEVICE_INLINE void widen(const Raw<T, n>& raw, compute_t<T> (&to)[n]) {
+  T numbers[n];
+  std::memcpy(numbers, &raw, sizeof(numbers));
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = to_float(numbers[i]);
+}
+
+template <class T, int n>
+DEVICE_INLINE void store(T* to, const compute_t<T> (&values)[n]) {
+  if constexpr (n == 1) {
+    *to = narrowed<T>(values[0]);
+  } else {
+    Bytes16 bytes;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        bytes.words[i] = pair(values[2 * i], values[2 * i + 1], narrowed<T>(0));
+    } else {
+      std::memcpy(bytes.words, values, sizeof(bytes));
+    }
+    *reinterpret_cast<Bytes16*>(to) = bytes;
+  }
+}
+
+// n numbers of shared memory; several are aligned to 16 bytes.
+template <class A, int n>
+DEVICE_INLINE void read_shared(const A* from, A (&to)[n]) {
+  if constexpr (n * sizeof(A) % 16 == 0) {
+    constexpr int each = 16 / sizeof(A);
+#pragma unroll
+    for (int i = 0; i < n; i += each) {
+      const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
+      std::memcpy(to + i, &bytes, sizeof(bytes));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+
+}  // namespace resnet_fused::cuda
