@@ -1,0 +1,150 @@
+// Where a convolution's pixels lie when images are one long line, for kernels that keep a tile of
+// the input in shared memory and read it once for every tap.
+//
+// Pixel (image n, row y, column x) has place q = (n * rows + y) * pitch + x. Between the rows and
+// between the images lie places without a pixel, whose data are 0, so that a tap (r, s) of the
+// output at q reads the input at q + shift, whatever q is: out of the image means one of those
+// places. Neighbouring rows share them, so that 3x3 with padding 1 needs one column more than the
+// image has, and one row. A tile of outputs is any run of places; outputs of places without a
+// pixel are computed and dropped.
+//
+// With a stride, the input is as many smaller images as there are residues (phases): tap (r, s)
+// reads that of (r - padding) mod stride, at a shift of its own.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "hardware.cuh"
+
+namespace resnet_fused::cuda {
+
+// n / divisor for 0 <= n < 2^31, as a product. Granlund and Montgomery, "Division by Invariant
+// Integers using Multiplication" (1994), figure 4.1.
+struct Divider {
+  uint32_t divisor = 1, factor = 1, shift = 0;
+
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    factor = static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1);
+  }
+
+  DEVICE_INLINE uint32_t operator()(uint32_t n) const {
+    return (static_cast<uint32_t>(static_cast<uint64_t>(n) * factor >> 32) + n) >> shift;
+  }
+};
+
+constexpr int kMostTaps = 49;   // 7x7
+constexpr int kMostPhases = 4;  // stride 2
+
+struct Tap {
+  int shift;
+  int weight;  // r * kernel_w + s, the place among the weights
+};
+
+// The taps of one residue of the stride, which lie next to each other.
+struct Phase {
+  int first_tap, taps;
+  int row, column;  // of the residue
+};
+
+struct ConvGeometry {
+  int images, channels, height, width;  // of the input
+  int out_channels, out_height, out_width;
+  int stride_h, stride_w;
+  int pitch, rows;        // of a line of places, and of an image
+  int64_t places;         // of all outputs
+  int least_shift, span;  // of all taps: shifts lie in [least_shift, least_shift + span]
+  int phases;
+  Phase phase[kMostPhases];
+  int taps;
+  Tap tap[kMostTaps];
+  Divider by_pitch, by_image;
+  bool bare;  // places are pixels, of the input and of the output
+
+  // The input pixel at a place, n * H * W + y * W + x, or -1.
+  DEVICE_INLINE int64_t pixel(int place, const Phase& p) const {
+    if (bare) return place < places ? place : -1;
+    if (place < 0) return -1;
+    const uint32_t n = by_image(place), within = place - n * by_image.divisor;
+    const uint32_t row = by_pitch(within), column = within - row * by_pitch.divisor;
+    const int y = static_cast<int>(row) * stride_h + p.row;
+    const int x = static_cast<int>(column) * stride_w + p.column;
+    if (static_cast<int>(n) >= images || y >= height || x >= width) return -1;
+    return (static_cast<int64_t>(n) * height + y) * width + x;
+  }
+
+  // The same for the output.
+  DEVICE_INLINE int64_t out_pixel(int64_t place) const {
+    if (place >= places) return -1;
+    if (bare) return place;
+    const uint32_t n = by_image(static_cast<uint32_t>(place));
+    const uint32_t within = static_cast<uint32_t>(place) - n * by_image.divisor;
+    const uint32_t y = by_pitch(within), x = within - y * by_pitch.divisor;
+    if (static_cast<int>(y) >= out_height || static_cast<int>(x) >= out_width) return -1;
+    return (static_cast<int64_t>(n) * out_height + y) * out_width + x;
+  }
+};
+
+// What a convolution is called with.
+struct ConvOptions {
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
+inline int floor_div(int a, int b) {
+  return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+
+// One dimension of the geometry: how far apart lines of `size` (input) and `out_size` have to be.
+inline int line_pitch(int size, int out_size, int kernel, int stride, int padding, int dilation) {
+  const int first = floor_div(-padding, stride);
+  const int last = floor_div((kernel - 1) * dilation - padding, stride);
+  const int widest = (size + stride - 1) / stride;  // of the smaller images
+  return std::max(out_size + std::max(last, 0), widest + std::max(-first, 0));
+}
+
+// False where the kernels have no room for it: too many taps or places.
+inline bool make_geometry(int images, int channels, int height, int width, int out_channels,
+                          const ConvOptions& o, ConvGeometry& g) {
+  const int taps = o.kernel_h * o.kernel_w;
+  if (taps > kMostTaps || o.stride_h * o.stride_w > kMostPhases) return false;
+  g.images = images, g.channels = channels, g.height = height, g.width = width;
+  g.out_channels = out_channels;
+  g.out_height = (height + 2 * o.padding_h - o.dilation_h * (o.kernel_h - 1) - 1) / o.stride_h + 1;
+  g.out_width = (width + 2 * o.padding_w - o.dilation_w * (o.kernel_w - 1) - 1) / o.stride_w + 1;
+  g.stride_h = o.stride_h, g.stride_w = o.stride_w;
+  g.pitch = line_pitch(width, g.out_width, o.kernel_w, o.stride_w, o.padding_w, o.dilation_w);
+  g.rows = line_pitch(height, g.out_height, o.kernel_h, o.stride_h, o.padding_h, o.dilation_h);
+  g.by_pitch = Divider(g.pitch);
+  const int64_t image = int64_t{g.pitch} * g.rows;
+  g.places = images * image;
+  if (g.places >= (int64_t{1} << 31) - (1 << 20)) return false;
+  g.by_image = Divider(static_cast<uint32_t>(image));
+  g.phases = g.taps = 0;
+  int least = 1 << 30, most = -(1 << 30);
+  for (int fh = 0; fh < o.stride_h; ++fh) {
+    for (int fw = 0; fw < o.stride_w; ++fw) {
+      Phase p{g.taps, 0, fh, fw};
+      for (int tap = 0; tap < taps; ++tap) {
+        const int down = tap / o.kernel_w * o.dilation_h - o.padding_h;
+        const int right = tap % o.kernel_w * o.dilation_w - o.padding_w;
+        const int y = floor_div(down, o.stride_h), x = floor_div(right, o.stride_w);
+        if (down - y * o.stride_h != fh || right - x * o.stride_w != fw) continue;
+        const int shift = y * g.pitch + x;
+        g.tap[g.taps++] = {shift, tap};
+        least = std::min(least, shift);
+        most = std::max(most, shift);
+        ++p.taps;
+      }
+      if (p.taps > 0) g.phase[g.phases++] = p;
+    }
+  }
+  g.least_shift = least;
+  g.span = most - least;
+  g.bare = taps == 1 && o.stride_h * o.stride_w == 1 && g.pitch == width && g.rows == height &&
+           g.out_width == width && g.out_height == height && least == 0;
+  return true;
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,201 @@
+"""The convolutions of csrc/cuda/conv_bn_act.cu: which problems they take, and weights as they read them.
+
+An algorithm's name says the kernel and its tile, output pixels by output channels. Weights are
+packed as the tiles lie in shared memory: 64 input channels of one tap at a time, 8 of them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import native_cuda
+from resnet_fused.conv_choice import ConvProblem
+
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")
+
+_CHUNK = 64  # input channels that are multiplied at once
+_PLANE = 8  # of them in 16 bytes
+_MOST_TAPS, _MOST_PHASES = 49, 4
+_SHARED_BYTES = 227 << 10
+_HOPPER = ("wgmma", "pingpong")
+_MOST_RESIDENT = 16  # blocks of weights
+_STEM_CHANNELS = 3
+_STEM_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A kernel with a tile of `rows` output pixels and `columns` output channels."""
+
+    kernel: str
+    rows: int
+    columns: int
+
+    @property
+    def name(self) -> str:
+        """As the operator and choices have it: "wgmma_256x64"."""
+        return f"{self.kernel}_{self.rows}x{self.columns}"
+
+
+STEM = Algorithm("stem", 16, 16)
+ALGORITHMS = (
+    Algorithm("wgmma", 256, 64),
+    Algorithm("wgmma", 256, 128),
+    Algorithm("wgmma", 128, 64),
+    Algorithm("wgmma", 128, 128),
+    Algorithm("pingpong", 256, 64),
+    Algorithm("pingpong", 128, 64),
+    Algorithm("pingpong", 128, 128),
+    Algorithm("mma", 128, 64),
+    Algorithm("mma", 128, 128),
+    STEM,
+)
+BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
+
+
+def candidates(problem: ConvProblem, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
+    """The algorithms that can run a problem on a GPU of compute capability `arch`."""
+    if not native_cuda.available or dtype not in (torch.float16, torch.bfloat16):
+        return ()
+    return tuple(a.name for a in ALGORITHMS if _takes(a, problem, arch))
+
+
+def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int) -> bool:
+    if arch < 80 or (algorithm.kernel in _HOPPER and arch != 90):
+        return False
+    if algorithm is STEM:
+        known = ((7, 7), (2, 2)), ((3, 3), (2, 2)), ((3, 3), (1, 1))
+        return (
+            problem.groups == 1
+            and problem.dilation == (1, 1)
+            and problem.channels == _STEM_CHANNELS
+            and (problem.kernel, problem.stride) in known
+            and problem.out_channels % _PLANE == 0
+        )
+    (kh, kw), (sh, sw) = problem.kernel, problem.stride
+    channels = problem.channels % _PLANE == 0 and problem.out_channels % _PLANE == 0
+    block = _block(problem.out_channels // problem.groups, problem.groups, algorithm.columns)
+    return (
+        channels
+        and kh * kw <= _MOST_TAPS
+        and sh * sw <= _MOST_PHASES
+        and block is not None
+        and block * (problem.channels // problem.groups) % _PLANE == 0
+        and (algorithm.columns == 64 or algorithm.columns < 2 * problem.out_channels)
+        and _fits(algorithm, problem, block)
+    )
+
+
+def _fits(algorithm: Algorithm, problem: ConvProblem, block: int) -> bool:
+    """Whether shared memory has room for what a tile reads."""
+    (height, width), (down, right) = problem.kernel, problem.dilation
+    pitch = problem.size[1] + width * right
+    places = algorithm.rows + (height - 1) * down * pitch + (width - 1) * right + 8
+    if algorithm.kernel == "mma":
+        tiles, weights = 4 if height * width == 1 or problem.stride != (1, 1) else 2, 4
+    else:
+        tiles, weights = 2, 2
+    if algorithm.kernel == "pingpong":  # all of them
+        chunks = -(-block * (problem.channels // problem.groups) // _CHUNK)
+        weights = -(-problem.out_channels // algorithm.columns) * chunks * height * width
+        if weights > _MOST_RESIDENT:
+            return False
+        tiles = 2 if chunks == 1 and problem.stride == (1, 1) else 4
+    per_place, per_column = 2 * _CHUNK, 2 * _CHUNK
+    needed = tiles * places * per_place + weights * algorithm.columns * per_column
+    return needed + 1024 <= _SHARED_BYTES
+
+
+def _block(out_channels: int, groups: int, columns: int) -> int | None:
+    """How many groups of so many outputs share a tile's inputs; None if tiles cut groups."""
+    if groups == 1:
+        return 1
+    together = 1
+    while together < groups and together * out_channels % columns:
+        together += 1
+    return together if groups % together == 0 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A convolution's weight as an algorithm reads it."""
+
+    numbers: Tensor
+    algorithm: str
+    outputs: int
+    kernel: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, weight: Tensor, groups: int, algorithm: str) -> Packed:
+        """Pack the weight for an algorithm of :data:`BY_NAME`."""
+        kernel = weight.shape[2], weight.shape[3]
+        numbers = pack(weight, groups, algorithm)
+        return cls(numbers, algorithm, weight.shape[0], kernel, groups)
+
+    def __call__(
+        self,
+        input: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        act: str,
+        negative_slope: float,
+    ) -> Tensor:
+        """act(conv(input) · scale + shift + residual), channels_last."""
+        found: Any = torch.ops.resnet_fused._cuda_conv(
+            input, self.numbers, scale, shift, residual, self.outputs,
+            [*self.kernel, *stride, *padding, *dilation], self.groups, act, negative_slope,
+            self.algorithm,
+        )  # fmt: skip
+        return found
+
+
+def pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
+    """A convolution's weight (K, C / groups, R, S) in the order in which `algorithm` reads it.
+
+    [column tile][64 channels][tap][8 channels][column][channel] with zeros beyond channels and
+    outputs, and where outputs of several narrow groups share a tile. The stem's are fragments of
+    mma, [column tile][16 products][8 columns][lane][4].
+    """
+    chosen = BY_NAME[algorithm]
+    if chosen is STEM:
+        return _pack_stem(weight)
+    outputs, channels, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    block = _block(outputs // groups, groups, chosen.columns)
+    assert block is not None
+    tiles, chunks = -(-outputs // chosen.columns), -(-block * channels // _CHUNK)
+    whole = weight.new_zeros(tiles * chosen.columns, chunks * _CHUNK, taps)
+    flat = weight.reshape(outputs, channels, taps)
+    if block == 1:
+        whole[:outputs, :channels] = flat
+    else:
+        per_group = outputs // groups
+        for place in range(block):
+            rows = torch.arange(outputs, device=weight.device)
+            rows = rows[rows // per_group % block == place]
+            whole[rows, place * channels : (place + 1) * channels] = flat[rows]
+    cut = whole.view(tiles, chosen.columns, chunks, _PLANE, _PLANE, taps)
+    return cut.permute(0, 2, 5, 3, 1, 4).contiguous()
+
+
+def _pack_stem(weight: Tensor) -> Tensor:
+    outputs, channels, height, width = weight.shape
+    line = width * channels
+    eights = -(-line // 8)
+    steps = -(-height * eights // 2)
+    tiles = -(-outputs // _STEM_COLUMNS)
+    lines = weight.new_zeros(tiles * _STEM_COLUMNS, height, eights * 8)
+    lines[:outputs, :, :line] = weight.permute(0, 2, 3, 1).reshape(outputs, height, line)
+    products = weight.new_zeros(tiles * _STEM_COLUMNS, steps * 16)
+    products[:, : height * eights * 8] = lines.reshape(tiles * _STEM_COLUMNS, -1)
+    cut = products.view(tiles, 8, 8, steps, 2, 4, 2)  # tile, n, g, step, word, q, number
+    return cut.permute(0, 3, 1, 2, 5, 4, 6).contiguous()

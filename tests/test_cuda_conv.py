@@ -1,0 +1,175 @@
+"""The convolutions of csrc/cuda by themselves: every kernel over shapes that end in the middle of tiles.
+
+On a GPU the operator of the library, without one the same kernels compiled for the CPU
+(cuda_on_cpu/), in which a thread is a fiber. Compared with PyTorch's convolution and the formula
+behind it, in the same dtype and in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from activations import ACTS
+from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels, operators
+from test_functional import noise
+from tolerance import assert_parity
+from torch import Tensor
+
+from resnet_fused.backends import cuda_conv, native_cuda, reference
+from resnet_fused.conv_choice import ConvProblem
+
+pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
+
+# batch, channels, height, width, outputs, kernel, stride, padding, dilation, groups
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "3x3": (2, 64, 9, 8, 64, 3, 1, 1, 1, 1),
+    "odd": (3, 40, 7, 11, 24, 3, 1, 1, 1, 1),
+    "tiles": (3, 8, 17, 20, 72, 3, 1, 1, 1, 1),
+    "deep": (1, 200, 6, 5, 136, 3, 1, 1, 1, 1),
+    "stride2": (2, 72, 11, 10, 40, 3, 2, 1, 1, 1),
+    "1x1": (2, 136, 7, 7, 264, 1, 1, 0, 1, 1),
+    "1x1stride2": (3, 64, 9, 8, 128, 1, 2, 0, 1, 1),
+    "pixel": (2, 16, 1, 1, 8, 3, 1, 1, 1, 1),
+    "valid": (1, 16, 8, 9, 16, 3, 1, 0, 1, 1),
+    "padded": (1, 8, 5, 5, 16, 3, 1, 4, 1, 1),
+    "dilated": (2, 8, 12, 11, 32, 3, 1, 2, 2, 1),
+    "unequal": (2, 8, 9, 12, 16, (3, 5), (2, 1), (1, 2), (1, 2), 1),
+    "grouped": (2, 64, 8, 7, 64, 3, 1, 1, 1, 16),
+    "two groups": (1, 48, 6, 7, 256, 3, 1, 1, 1, 2),
+    "empty": (0, 8, 6, 7, 16, 3, 1, 1, 1, 1),
+    "7x7 stem": (2, 3, 37, 41, 64, 7, 2, 3, 1, 1),
+    "3x3 stem": (2, 3, 19, 18, 72, 3, 1, 1, 1, 1),
+    "3x3 stride2 stem": (2, 3, 20, 33, 24, 3, 2, 1, 1, 1),
+}
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def problem(shape: str) -> ConvProblem:
+    n, c, h, w, k, *rest = SHAPES[shape]
+    kernel, stride, padding, dilation = (v if isinstance(v, tuple) else (v, v) for v in rest[:4])
+    return ConvProblem(n, c, (h, w), k, kernel, stride, padding, dilation, rest[4])
+
+
+def kernels(shape: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that take a shape, where there is a library."""
+    arch = 10 * torch.cuda.get_device_capability()[0] if HAS_GPU else 90
+    monkeypatch.setattr(native_cuda, "available", True)
+    return list(cuda_conv.candidates(problem(shape), torch.bfloat16, arch))
+
+
+class Call:
+    """A convolution with everything that can follow it."""
+
+    def __init__(self, shape: str, dtype: torch.dtype) -> None:
+        p = self.problem = problem(shape)
+        fan = p.channels // p.groups * p.kernel[0] * p.kernel[1]
+        x = noise(p.batch, p.channels, *p.size, dtype=dtype)
+        weight = noise(p.out_channels, p.channels // p.groups, *p.kernel, dtype=dtype, seed=1)
+        self.x = x.contiguous(memory_format=torch.channels_last).to(DEVICE)
+        self.weight = (weight / fan**0.5).to(DEVICE)
+        self.scale = (noise(p.out_channels, seed=2).abs() + 0.5).to(DEVICE)
+        self.shift = noise(p.out_channels, seed=3).to(DEVICE)
+        self.geometry = [list(v) for v in (p.stride, p.padding, p.dilation)]
+        size = F.conv2d(self.x, self.weight, None, *self.geometry, p.groups).shape
+        other = noise(*size, dtype=dtype, seed=4)
+        self.residual = other.contiguous(memory_format=torch.channels_last).to(DEVICE)
+
+    def ours(self, algorithm: str, scale: Any, shift: Any, residual: Any, *act: Any) -> Tensor:
+        p = self.problem
+        numbers = cuda_conv.pack(self.weight, p.groups, algorithm)
+        flat = [*p.kernel, *p.stride, *p.padding, *p.dilation]
+        found: Tensor = operators()._cuda_conv(
+            self.x, numbers, scale, shift, residual, p.out_channels, flat, p.groups, *act, algorithm
+        )
+        return found
+
+    def check(self, algorithm: str, scale: Any, shift: Any, residual: Any, *act: Any) -> None:
+        ours = self.ours(algorithm, scale, shift, residual, *act)
+        tensors = (self.x, self.weight, scale, shift, residual)
+        rest = (*self.geometry, self.problem.groups, *act)
+        doubled = [None if t is None else t.double() for t in tensors]
+        plain = reference.conv_bn_act(*tensors, *rest)
+        exact = reference.conv_bn_act(*doubled, *rest)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert_parity(ours, plain, exact, what=algorithm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kernel(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(shape, dtype)
+    names = kernels(shape, monkeypatch)
+    assert names
+    for name in names:
+        call.check(name, call.scale, call.shift, call.residual, "relu", 0.0)
+        call.check(name, None, call.shift, None, "none", 0.0)
+
+
+@pytest.mark.parametrize("act", cuda_conv.ACTIVATIONS)
+def test_activations(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert act in ACTS
+    call = Call("3x3", torch.float16)
+    for name in kernels("3x3", monkeypatch):
+        call.check(name, call.scale, None, call.residual, act, 0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", ["3x3", "7x7 stem"])
+def test_not_finite(shape: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the windows that contain it are."""
+    call = Call(shape, torch.float16)
+    call.x[0, 1, 4, 5] = value
+    call.weight = call.weight.abs() + 0.01
+    for name in kernels(shape, monkeypatch):
+        call.check(name, call.scale, call.shift, None, "relu", 0.0)
+
+
+def test_an_input_in_the_middle_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address is no multiple of 16 bytes."""
+    call = Call("3x3", torch.float16)
+    numbers = call.x.permute(0, 2, 3, 1).reshape(-1)
+    longer = torch.cat([numbers[:1], numbers])[1:]
+    n, c, h, w = call.x.shape
+    call.x = longer.view(n, h, w, c).permute(0, 3, 1, 2)
+    assert call.x.data_ptr() % 16
+    for name in kernels("3x3", monkeypatch):
+        call.check(name, None, None, None, "none", 0.0)
+
+
+def test_the_same_bits_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("tiles", torch.bfloat16)
+    for name in kernels("tiles", monkeypatch):
+        arguments = (name, call.scale, call.shift, call.residual, "relu", 0.0)
+        first = call.ours(*arguments)
+        assert all(torch.equal(call.ours(*arguments), first) for _ in range(3))
+
+
+def test_bad_arguments() -> None:
+    call = Call("3x3", torch.float16)
+    good = [call.scale, call.shift, call.residual, "relu", 0.0]
+    name = "mma_128x64"
+    for place, value, message in (
+        (0, call.scale[:3], "scale must have shape"),
+        (1, call.shift.double(), "shift must be float32"),
+        (2, call.residual[:1], "residual must have the shape"),
+        (3, "silu", "act must be none, relu"),
+    ):
+        bad = [*good]
+        bad[place] = value
+        with pytest.raises(RuntimeError, match=message):
+            call.ours(name, *bad)
+    with pytest.raises(RuntimeError, match="algorithm is unknown"):
+        operators()._cuda_conv(
+            call.x, call.weight, None, None, None, 64, [3, 3, 1, 1, 1, 1, 1, 1], 1, "none", 0.0, "x"
+        )
+    with pytest.raises(RuntimeError, match="weights must be packed"):
+        operators()._cuda_conv(
+            call.x, call.weight[:32].contiguous(), None, None, None, 64,
+            [3, 3, 1, 1, 1, 1, 1, 1], 1, "none", 0.0, name,
+        )  # fmt: skip
+    call.x = call.x.contiguous()
+    with pytest.raises(RuntimeError, match="input must be channels_last"):
+        call.ours(name, *good)
