@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+SOURCES := setup.py setup_cuda.py pyproject.toml $(wildcard csrc/common/* csrc/cpu/*)
+CUDA_SOURCES := setup_cuda.py $(wildcard csrc/common/* csrc/cuda/*)
 STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 RESULTS := benchmarks/results
 CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
@@ -16,7 +17,7 @@ TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:b
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
-test: .venv/.ready
+test: .venv/.ready .venv/.cuda
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
 	$(MAKE) --no-print-directory test-triton
 	$(BIN)/python -m pytest -q tests/test_speedup.py
@@ -43,17 +44,17 @@ sanitize: $(SANITIZED)/.ready
 		|| { cat $(SANITIZED)/report.*; exit 1; }
 
 $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
-	RESNET_FUSED_SANITIZE=1 $(BIN)/python setup.py -q build \
+	RESNET_FUSED_SANITIZE=1 RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	touch $@
 
-lint: .venv/.ready
+lint: .venv/.packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(STYLED)
 
-format: .venv/.ready
+format: .venv/.packages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(STYLED)
@@ -72,14 +73,17 @@ bench: .venv/.ready
 
 # On a machine with a GPU: uses PYTHON's own packages, so that its CUDA build of torch is measured. A
 # red test does not keep the benchmark from running, which may be all that the machine is there for.
-# Nothing is built: Triton compiles as it runs, and the CPU's kernels have no part in this. The
-# options of pytest in pyproject.toml need plug-ins that may be missing.
+# The CUDA library is built for this GPU alone; without nvcc Triton's kernels are left. The CPU's have
+# no part in this. The options of pytest in pyproject.toml need plug-ins that may be missing.
 BUDGET ?= 240
 TEST_SECONDS ?= 150
 OUT ?= $(RESULTS)
 GPU_ENV := RESNET_FUSED_NO_NATIVE=1 RESNET_FUSED_CACHE_DIR=$(CURDIR)/build/gpu_cache
-GPU_TESTS := $(addprefix tests/test_, triton_ops.py triton_train.py triton_models.py triton_tune.py \
-	triton_gpu.py capture.py gpu_choice.py)
+# The most valuable first: networks, then operators by kernel, then what a CPU can show as well.
+GPU_TESTS := tests/test_triton_gpu.py \
+	$(filter-out tests/test_cuda_gate.py tests/test_cuda_on_cpu%,$(wildcard tests/test_cuda_*.py)) \
+	$(addprefix tests/test_, triton_ops.py triton_train.py triton_models.py capture.py \
+	triton_tune.py gpu_choice.py)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
@@ -91,14 +95,16 @@ gpu-run:
 		header = pathlib.Path(sysconfig.get_path("include"), "Python.h"); \
 		sys.exit(not (header.exists() and any(map(shutil.which, ("gcc", "clang")))))' \
 		|| echo "make gpu: Triton needs gcc or clang, and Python.h, to start its kernels"
-	@tests=passed; bench=passed; \
-	several=$$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null); \
-	$(GPU_ENV) TORCHINDUCTOR_COMPILE_THREADS=2 timeout -s INT -k 20 $(TEST_SECONDS) \
-		$(PYTHON) -m pytest -q -o addopts=-ra $$several $(GPU_TESTS) \
+	@build=done; tests=passed; bench=passed; \
+	RESNET_FUSED_CUDA_ARCHS=native $(PYTHON) setup_cuda.py || build=failed; \
+	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", max(1, min(14, os.cpu_count() - 2)))' \
+		2>/dev/null); \
+	$(GPU_ENV) TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) \
+		$(PYTHON) -m pytest -q -o addopts=-ra --durations=8 $$workers $(GPU_TESTS) \
 		|| tests="failed, or took over $(TEST_SECONDS) s"; \
 	$(GPU_ENV) PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) || bench=failed; \
-	echo "make gpu: tests $$tests; benchmark $$bench"; \
-	test "$$tests" = passed -a "$$bench" = passed
+	echo "make gpu: build $$build; tests $$tests; benchmark $$bench"; \
+	test "$$build" = done -a "$$tests" = passed -a "$$bench" = passed
 
 clean:
 	rm -rf .venv build *.egg-info resnet_fused/_C_*.so .pytest_cache .mypy_cache .ruff_cache
@@ -111,5 +117,11 @@ clean:
 	touch $@
 
 .venv/.ready: .venv/.packages $(SOURCES)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python -m pip install -q --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
+	touch $@
+
+# By itself, and only what has changed: pip would compile the CPU's library anew as well.
+.venv/.cuda: .venv/.packages $(CUDA_SOURCES)
+	$(BIN)/python setup_cuda.py
 	touch $@

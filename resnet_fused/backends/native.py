@@ -7,36 +7,26 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import torch
 
+from resnet_fused.backends import library
 from resnet_fused.ops import schema
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_SUFFIXES = (".so", ".pyd", ".dylib")
+_SWITCH = "RESNET_FUSED_NO_NATIVE"
 
 
 def _load() -> str | None:
     """Load the library; None, or what stands in the way."""
-    if os.environ.get("RESNET_FUSED_NO_NATIVE") == "1":
-        return "switched off by RESNET_FUSED_NO_NATIVE=1"
-    libraries = sorted(p for p in _PACKAGE.glob("_C_cpu*") if p.suffix in _SUFFIXES)
-    if not libraries:
-        reason = f"not built: no _C_cpu library in {_PACKAGE}"
-    else:
-        try:
-            torch.ops.load_library(str(libraries[0]))
-            return None
-        except OSError as error:
-            reason = f"failed to load {libraries[0].name}: {error}"
-    warnings.warn(
-        "resnet_fused runs without its compiled CPU kernels, as plain PyTorch operators: correct, "
-        f"but not faster than eager on the CPU ({reason}). Build them with a C++ compiler and "
-        "`pip install --no-build-isolation -e .` in a checkout, or set RESNET_FUSED_NO_NATIVE=1 "
-        "to do without",
-        stacklevel=2,
-    )
+    reason = library.load("_C_cpu", _SWITCH)
+    if reason is not None and os.environ.get(_SWITCH) != "1":
+        warnings.warn(
+            "resnet_fused runs without its compiled CPU kernels, as plain PyTorch operators: "
+            f"correct, but not faster than eager on the CPU ({reason}). Build them with a C++ "
+            "compiler and `pip install --no-build-isolation -e .` in a checkout, or set "
+            f"{_SWITCH}=1 to do without",
+            stacklevel=2,
+        )
     return reason
 
 

@@ -58,18 +58,20 @@ def environment() -> dict[str, Any]:
 
 def backends() -> dict[str, dict[str, Any]]:
     """For each backend: `usable`, `reason` (None if usable) and `cost`, what is lost without it."""
-    from resnet_fused.backends import native
+    from resnet_fused.backends import native, native_cuda
     from resnet_fused.backends.triton import support
 
     no_gpu = None if torch.cuda.is_available() else "this torch sees no GPU"
     reasons = {
         "reference": None,
         "native": None if native.available else native.reason,
+        "native_cuda": native_cuda.reason or no_gpu or native_cuda.unusable(0),
         "triton": no_gpu or support.unusable(torch.empty(0, device="cuda")),
     }
     costs = {
         "reference": None,
         "native": "fused modules run as plain PyTorch operators on the CPU: correct, not faster",
+        "native_cuda": "none here" if no_gpu else "on the GPU Triton's kernels run, or none",
         "triton": "none here" if no_gpu else "fused modules run as eager PyTorch on the GPU",
     }
     return {
