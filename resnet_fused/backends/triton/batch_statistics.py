@@ -70,7 +70,7 @@ def partial_statistics_kernel(
         sums += distance
         squares += distance * distance
     count = (end - begin).to(tl.float32)
-    mean = tl.sum(sums, 0) / count
+    mean = tl.div_rn(tl.sum(sums, 0), count)
     square = tl.sum(squares, 0) - count * mean * mean
     tl.store(p_mean + i_chunk * channels + o_c, mean, mask=m_c)
     tl.store(p_square + i_chunk * channels + o_c, square, mask=m_c)
@@ -82,7 +82,7 @@ def partial_statistics_kernel(
 def tile_statistics(b_x, m_r):
     """Mean and sum of squared distances of each column over the rows of a mask."""
     count = tl.sum(m_r.to(tl.float32), 0)
-    mean = tl.sum(tl.where(m_r[:, None], b_x, 0.0), 0) / count
+    mean = tl.div_rn(tl.sum(tl.where(m_r[:, None], b_x, 0.0), 0), count)
     distance = tl.where(m_r[:, None], b_x - mean[None, :], 0.0)
     return mean, tl.sum(distance * distance, 0)
 
@@ -116,9 +116,10 @@ def combine_statistics_kernel(
         squares += tl.load(p_partial_square + offsets, mask=mask, other=0.0)
         squares += distance * distance * count
     count = tl.minimum(rows - begin * chunk, (end - begin) * chunk).to(tl.float32)
-    rest = tl.sum(sums, 0) / count
+    # A plain / is wrong by up to two roundings, which a whole channel would share.
+    rest = tl.div_rn(tl.sum(sums, 0), count)
     mean = near + rest
-    square = tl.sum(squares, 0) / count - rest * rest
+    square = tl.div_rn(tl.sum(squares, 0), count) - rest * rest
     if LAST:
         mean += channel_vector(p_origin, o_c, m_c, 0.0)
     else:

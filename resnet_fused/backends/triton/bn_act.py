@@ -106,11 +106,11 @@ def combine_sums_kernel(
 @triton.jit
 def grad_input_kernel(
     p_grad, p_x, p_mean, p_var, p_weight, p_bias, p_product, p_sum, p_grad_input,
-    rows, channels, pixels, eps, slope, count,
+    rows, channels, pixels, eps, slope, one_nth,
     ACT: tl.constexpr, LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile, from the sums over all rows."""
+    """dx of a tile, from the sums over all rows and one over their number."""
     o_c, m_c, offsets, mask = tile_of_program(rows, channels, pixels, LAYOUT, BLOCK_R, BLOCK_C)
     b_grad = tl.load(p_grad + offsets, mask=mask).to(tl.float32)
     b_x = tl.load(p_x + offsets, mask=mask).to(tl.float32)
@@ -118,8 +118,9 @@ def grad_input_kernel(
     b_xhat = (b_x - mean[None, :]) * rstd[None, :]
     argument = b_xhat * weight[None, :] + bias[None, :]
     b_grad = activate_backward(b_grad, argument, slope, ACT)
-    mean_product = channel_vector(p_product, o_c, m_c, 0.0) / count
-    mean_grad = channel_vector(p_sum, o_c, m_c, 0.0) / count
+    one_nth = tl.cast(one_nth, tl.float32)  # a plain / costs two roundings, an exact one registers
+    mean_product = channel_vector(p_product, o_c, m_c, 0.0) * one_nth
+    mean_grad = channel_vector(p_sum, o_c, m_c, 0.0) * one_nth
     scale = rstd * weight
     b_dx = (b_grad - mean_grad[None, :] - b_xhat * mean_product[None, :]) * scale[None, :]
     tl.store(p_grad_input + offsets, b_dx.to(p_grad_input.dtype.element_ty), mask=mask)
@@ -237,6 +238,6 @@ def bn_act_backward_input(
     launch(
         grad_input_kernel, (cut.count,), x,
         grad, x, mean, var, weight, bias, grad_weight, grad_bias, dx,
-        *cut.shape, eps, negative_slope, count, ACT=act, **cut.meta,
+        *cut.shape, eps, negative_slope, 1.0 / max(count, 1), ACT=act, **cut.meta,
     )  # fmt: skip
     return dx

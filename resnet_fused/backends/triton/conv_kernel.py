@@ -103,7 +103,13 @@ def conv_kernel(
             if TMA:
                 m_x = m_m[:, None] & m_k[None, :]
             b_x = tl.where(m_x, b_a, 0.0).to(b_x.dtype)
-        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
+        if b_x.dtype == tl.float32 and PRECISION == "ieee":
+            # One chain of multiply-adds over all of K would be as wrong as it is long, so each tile
+            # is one. (If no addition were allowed to be imprecise, the compiler would join them.)
+            part = tl.dot(b_x, b_w, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            acc += part
+        else:
+            acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
 
     mask = m_m[:, None] & m_n[None, :]
     offsets = o_m.to(tl.int64)[:, None] * out_channels + outputs[None, :]
