@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_functional import bn_arguments
-from tolerance import assert_all_parity, assert_parity, double_model
+from tolerance import assert_mean_parity, assert_parity, double_model
 from torch import Tensor, nn
 from train_case import results, smooth
 from triton_case import chosen, needs_gpu
@@ -65,12 +65,13 @@ def test_evaluation(
 @pytest.mark.parametrize("memory", ["default", "low"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_training(name: str, memory: str) -> None:
-    model, x = smooth(network(name)).train(), images(8)
-    ours = results(fuse(model, memory=memory), x, torch.sin)
-    eager = results(fuse(model, filter_fn=lambda *_: False), x, torch.sin)
-    exact = results(double_model(model), x.double(), torch.sin)
-    names = [n for n in ours if ours[n].is_floating_point()]
-    assert_all_parity(*([r[n] for n in names] for r in (ours, eager, exact)), what=name)
+    draws = [(smooth(network(name)).train(), images(8)) for _ in range(3)]
+    ours = [results(fuse(model, memory=memory), x, torch.sin) for model, x in draws]
+    eager = [results(fuse(m, filter_fn=lambda *_: False), x, torch.sin) for m, x in draws]
+    exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
+    for key in ours[0]:
+        rows = [[r[key] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
+        assert_mean_parity(rows, what=f"{name}, {key}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -102,6 +103,9 @@ def test_training_under_autocast(
 def test_compile(by: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     model, x = network(dtype=torch.float16).eval(), images(dtype=torch.float16)
+    if mode != "default":  # a whole network is tuned for minutes
+        model = model.layer2[0]
+        x = torch.randn(4, 64, 16, 16).to("cuda", torch.float16, **NHWC)
     with torch.no_grad(), chosen(monkeypatch, by):
         compiled = torch.compile(fuse(model), fullgraph=True, mode=mode)
         assert_parity(compiled(x), model(x), double_model(model)(x.double()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_all_parity, assert_parity, double_model
+from tolerance import assert_mean_parity, assert_parity, double_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,9 +34,9 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 BY = pytest.mark.parametrize("by", ["library", SMALL], ids=["library", "triton"])
 
 
-def block(kind: str) -> nn.Module:
+def block(kind: str, seed: int = 1) -> nn.Module:
     """A residual block small enough for the interpreter, with statistics that look trained."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
     channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
     options: dict[str, Any] = {}
@@ -53,9 +53,9 @@ def block(kind: str) -> nn.Module:
     return module.to(DEVICE, memory_format=torch.channels_last)
 
 
-def images(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def images(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
     channels = 16 if kind == "basic" else 32
-    x = torch.randn(3, channels, 7, 9, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(3, channels, 7, 9, generator=torch.Generator().manual_seed(seed))
     return x.to(DEVICE, dtype, memory_format=torch.channels_last)
 
 
@@ -73,19 +73,16 @@ def test_evaluation(kind: str, dtype: torch.dtype, by: Any, monkeypatch: Any) ->
 @BY
 @EVERY_KIND
 def test_training(kind: str, by: Any, monkeypatch: Any) -> None:
-    model, x = smooth(block(kind)).train(), images(kind)
+    draws = [(smooth(block(kind, seed)).train(), images(kind, seed=seed)) for seed in (1, 2, 3)]
+    eager = [results(copy.deepcopy(model), x, torch.sin) for model, x in draws]
+    exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
     for memory in ("default", "low"):
-        fused, exact = fuse(model, memory=memory), double_model(model)
         with chosen(monkeypatch, by):
-            ours = results(fused, x, torch.sin)
-        eager, truth = (
-            results(copy.deepcopy(model), x, torch.sin),
-            results(exact, x.double(), torch.sin),
-        )
-        assert ours.keys() == eager.keys()
-        names = [n for n in ours if ours[n].is_floating_point()]
-        assert_all_parity(*([r[n] for n in names] for r in (ours, eager, truth)), what=kind)
-        assert all(torch.equal(ours[n], eager[n]) for n in ours.keys() - set(names))
+            ours = [results(fuse(model, memory=memory), x, torch.sin) for model, x in draws]
+        assert ours[0].keys() == eager[0].keys()
+        for name in ours[0]:
+            rows = [[r[name] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
+            assert_mean_parity(rows, what=f"{kind}, {name}")
 
 
 @BY
