@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "runtime.h"
+#include "watch.h"
 
 namespace resnet_fused::cuda::on_cpu {
 
@@ -34,6 +34,7 @@ void cp_async_16(void* to, const void* from, bool valid, Site site) {
   const Copy copy{static_cast<unsigned char*>(to),
                   valid ? static_cast<const unsigned char*>(from) : nullptr, 16, site};
   if (valid) check_source(copy, "cp_async_16");
+  watch::copy_started(copy);
   take_away(copy);
   block.running->copies.copies.push_back(copy);
 }
@@ -54,6 +55,7 @@ void cp_async_wait_for(int younger, Site) {
     for (; groups.done_copies < end; ++groups.done_copies) {
       const Copy& copy = groups.copies[groups.done_copies];
       arrive(copy, Granule::unfenced);
+      watch::copy_done(copy);
       self.unfenced.push_back(shared_offset(copy.to) / kGranule);
     }
   }
@@ -70,6 +72,7 @@ void fence_async(Site) {
     if (granules[granule] == Granule::unfenced) granules[granule] = Granule::settled;
   }
   self.unfenced.clear();
+  watch::fenced();
 }
 
 }  // namespace resnet_fused::cuda

@@ -5,8 +5,8 @@
 >>> ops.bn_act(input, None, None, None, 1e-5, "relu", 0.0)
 
 Modes: ``plain``; ``asan``, with AddressSanitizer, for a process that was started with its library
-preloaded (``make sanitize-cuda``). ``RESNET_FUSED_CUDA_MODE`` names the one that is taken by default,
-``RESNET_FUSED_CUDA_ORDER`` the order in which threads run. Objects are kept under
+preloaded (``make sanitize-cuda``). ``RESNET_FUSED_CUDA_MODE`` names the one that is taken by
+default, ``RESNET_FUSED_CUDA_ORDER`` the order in which threads run. Objects are kept under
 ``build/cuda_on_cpu/<mode>`` and made again when a file they read has changed.
 """
 
@@ -56,6 +56,7 @@ MODES = {  # of kernels; of the runtime; of linking
         ["-DRESNET_FUSED_ASAN"],
         ["-fsanitize=address"],
     ),
+    "watch": (["-O1", UNDEFINED, "-fsanitize=thread"], ["-DRESNET_FUSED_WATCH"], []),
 }
 
 
@@ -115,9 +116,9 @@ def _make(made: Path, command: list[str], sources: list[Path] | None) -> bool:
     """Runs the command, which writes `made`, unless it has been run on these sources."""
     note = made.with_suffix(made.suffix + ".command")
     text = " ".join(command)
-    if sources is not None and _newer_than(made, sources) and note.exists():
-        if note.read_text() == text:
-            return False
+    fresh = sources is not None and _newer_than(made, sources)
+    if fresh and note.exists() and note.read_text() == text:
+        return False
     made.unlink(missing_ok=True)
     started = time.time_ns()  # what is edited while the compiler runs counts as newer
     _run(command)
@@ -137,11 +138,12 @@ def _object(source: Path, flags: list[str], directory: Path) -> Path:
     return made
 
 
-def _library(
-    made: Path, sources: Iterable[Path], flags: list[str], link: list[str], *needs: Path
-) -> Path:
+def _objects(sources: Iterable[Path], flags: list[str], directory: Path) -> list[Path]:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags, made.parent), sources))
+        return list(pool.map(lambda source: _object(source, flags, directory), sources))
+
+
+def _library(made: Path, objects: list[Path], link: list[str], *needs: Path) -> Path:
     command = [compiler(), "-shared", *link, "-o", str(made), *map(str, objects), *map(str, needs)]
     command += [f"-L{path}" for path in cpp_extension.library_paths()]
     command += ["-ltorch_cpu", "-ltorch", "-Wl,-rpath,$ORIGIN", "-Wl,-z,origin"]
@@ -158,13 +160,34 @@ def _only_one(directory: Path) -> Iterator[None]:
         yield
 
 
+def _directory(mode: str) -> Path:
+    return ROOT / "build" / "cuda_on_cpu" / mode
+
+
+def _runtime_objects(mode: str) -> list[Path]:
+    _, flags, _ = MODES[mode]
+    return _objects(sorted(HERE.glob("*.cpp")), ["-O3", *flags], _directory(mode))
+
+
 def runtime(mode: str) -> Path:
     """The library that stands for the chip."""
-    _, flags, link = MODES[mode]
-    directory = ROOT / "build" / "cuda_on_cpu" / mode
+    _, _, link = MODES[mode]
+    directory = _directory(mode)
     with _only_one(directory):
-        sources = sorted(HERE.glob("*.cpp"))
-        return _library(directory / "libcuda_on_cpu.so", sources, ["-O3", *flags], link)
+        return _library(directory / "libcuda_on_cpu.so", _runtime_objects(mode), link)
+
+
+def executable(mode: str, name: str, sources: Iterable[Path]) -> Path:
+    """A program of kernels that needs no torch, so that it starts at once."""
+    flags, _, link = MODES[mode]
+    needs = runtime(mode)
+    with _only_one(needs.parent):
+        # The runtime first: its copy of what both compile is the one without a sanitizer.
+        objects = [path for path in _runtime_objects(mode) if "operators" not in path.name]
+        objects += _objects(sources, flags, needs.parent)
+        made = needs.with_name(name)
+        _make(made, [compiler(), *link, "-o", str(made), *map(str, objects), "-ldl"], objects)
+    return made
 
 
 def library(mode: str, name: str, sources: Iterable[Path]) -> Path:
@@ -172,7 +195,8 @@ def library(mode: str, name: str, sources: Iterable[Path]) -> Path:
     needs = runtime(mode)
     flags, _, link = MODES[mode]
     with _only_one(needs.parent):
-        return _library(needs.with_name(f"lib{name}.so"), sources, flags, link, needs)
+        objects = _objects(sources, flags, needs.parent)
+        return _library(needs.with_name(f"lib{name}.so"), objects, link, needs)
 
 
 def registered(source: Path) -> list[str]:
@@ -185,7 +209,7 @@ def registered(source: Path) -> list[str]:
 
 @functools.cache
 def load(mode: str | None = None) -> Any:
-    """``torch.ops.resnet_fused_cuda_on_cpu`` with every operator of ``csrc/cuda`` and its schema."""
+    """``torch.ops.resnet_fused_cuda_on_cpu`` with every operator of ``csrc/cuda``."""
     import resnet_fused  # noqa: F401  defines the schemas
 
     mode = mode or os.environ.get("RESNET_FUSED_CUDA_MODE", "plain")

@@ -19,6 +19,11 @@ class Fiber {
   static void arrived(Fiber& self);
   static void go(Fiber& from, Fiber& to);
 
+  bool owns(const void* pointer) const {
+    const auto* const at = static_cast<const char*>(pointer);
+    return at >= stack_ && at < stack_ + size_;
+  }
+
  private:
   char* stack_ = nullptr;
   size_t size_ = 0;

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "runtime.h"
+#include "watch.h"
 
 namespace resnet_fused::cuda::on_cpu {
 namespace {
@@ -48,6 +48,7 @@ void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const ch
     fail(site, name, ": byte ", shared_offset(row),
          " of shared memory is the destination of a copy that was not waited for");
   }
+  watch::read_by_ldmatrix(shared_offset(row), 16, site);
   rows[block.running->number] = {to, static_cast<const unsigned char*>(row)};
   Meeting& warp = own_warp();
   if (!join(warp, name, site, kWarp, true)) return;

@@ -7,7 +7,7 @@
 
 #include <unordered_map>
 
-#include "runtime.h"
+#include "watch.h"
 
 namespace resnet_fused::cuda::on_cpu {
 namespace {
@@ -40,15 +40,17 @@ Barrier& known(const Mbarrier* barrier, const char* name, Site site) {
     fail(site, name, ": the mbarrier at byte ", offset,
          found == barriers.end() ? " is not initialised" : " was overwritten");
   }
+  watch::used(offset, site);
   return found->second;
 }
 
 // Ends the phase if nothing is missing; false if more bytes came than were expected.
-bool settle(Barrier& barrier) {
+bool settle(Barrier& barrier, uint32_t offset) {
   if (barrier.missing > 0) return true;
   if (barrier.bytes < 0) return false;
   if (barrier.bytes == 0) {
     ++barrier.phase;
+    watch::phase_ended(offset);
     barrier.missing = barrier.count;
     for (Thread* thread : barrier.waiting) wake(*thread);
     barrier.waiting.clear();
@@ -62,9 +64,10 @@ void arrive_at(Mbarrier* pointer, int bytes, const char* name, Site site) {
     fail(site, name, ": more than ", barrier.count, " arrivals at the mbarrier at byte ",
          shared_offset(pointer), " in a phase");
   }
+  watch::arrived(shared_offset(pointer));
   barrier.bytes += bytes;
   --barrier.missing;
-  if (!settle(barrier)) {
+  if (!settle(barrier, shared_offset(pointer))) {
     fail(site, name, ": ", -barrier.bytes, " bytes more have come to the mbarrier at byte ",
          shared_offset(pointer), " than were expected");
   }
@@ -84,7 +87,7 @@ void prepare_barriers() {
 
 void finish_barriers() {
   std::ostringstream text;
-  text << "block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << "): ";
+  text << block_name() << ": ";
   if (copies_under_way()) {
     text << "ends while a bulk_copy is under way (" << place(under_way.front().copy.site) << ")";
     block.error = text.str();
@@ -104,16 +107,20 @@ bool copies_under_way() {
 void deliver_one() {
   size_t which = 0;
   if (settings.order == Order::forward) which = under_way.size() - 1;
-  if (settings.order == Order::random) which = block.random() % under_way.size();
+  if (settings.order == Order::random) {
+    which = block.random.below(static_cast<uint32_t>(under_way.size()));
+  }
   const BulkCopy bulk = under_way[which];
   under_way.erase(under_way.begin() + static_cast<std::ptrdiff_t>(which));
   arrive(bulk.copy, Granule::settled);
+  watch::bulk_done(bulk.copy, bulk.barrier);
   Barrier& barrier = barriers[bulk.barrier];
   barrier.bytes -= bulk.copy.bytes;
-  if (!settle(barrier)) {
+  if (!settle(barrier, bulk.barrier)) {
     std::ostringstream text;
-    text << "bulk_copy: " << -barrier.bytes << " bytes more have come to the mbarrier at byte "
-         << bulk.barrier << " than were expected (" << place(bulk.copy.site) << ")";
+    text << block_name() << ": bulk_copy: " << -barrier.bytes
+         << " bytes more have come to the mbarrier at byte " << bulk.barrier
+         << " than were expected (" << place(bulk.copy.site) << ")";
     block.error = text.str();
   }
 }
@@ -144,6 +151,7 @@ void mbarrier_init(Mbarrier* barrier, int count, Site site) {
   state.count = state.missing = count;
   state.initialiser = block.running->number;
   barrier->state = kMark ^ offset;
+  watch::initialised(offset, site);
 }
 
 void mbarrier_init_done(Site) {
@@ -172,14 +180,18 @@ void mbarrier_wait(Mbarrier* pointer, int parity, Site site) {
     wait_for("mbarrier_wait", site);
     self.barrier = nullptr;
   }
+  watch::waited(shared_offset(pointer));
 }
 
 bool mbarrier_ready(Mbarrier* pointer, int parity, Site site) {
   if (parity != 0 && parity != 1) fail(site, "mbarrier_ready for parity ", parity);
-  if (has_ended(known(pointer, "mbarrier_ready", site), parity)) return true;
-  block.running->site = site;
-  let_others_run(true);
-  return has_ended(known(pointer, "mbarrier_ready", site), parity);
+  if (!has_ended(known(pointer, "mbarrier_ready", site), parity)) {
+    block.running->site = site;
+    let_others_run(true);
+    if (!has_ended(known(pointer, "mbarrier_ready", site), parity)) return false;
+  }
+  watch::waited(shared_offset(pointer));
+  return true;
 }
 
 void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier, Site site) {
@@ -191,6 +203,7 @@ void bulk_copy(void* to, const void* from, int bytes, Mbarrier* barrier, Site si
   if (!known(barrier, "bulk_copy", site).announced) {
     fail(site, "bulk_copy: no mbarrier_init_done has followed the mbarrier's mbarrier_init");
   }
+  watch::bulk_started(copy, shared_offset(barrier));
   take_away(copy);
   under_way.push_back({copy, shared_offset(barrier)});
   let_others_run(false);

@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <random>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -71,6 +70,22 @@ struct Meeting {
   std::vector<Thread*> here;
 };
 
+// Marsaglia, "Xorshift RNGs" (2003). Not <random>: where kernels use that too, the linker may take
+// their copy of its functions, whose accesses are watched.
+struct Random {
+  uint32_t state = 1;
+
+  void seed(uint64_t value) {
+    state = static_cast<uint32_t>((value * 0x9e3779b97f4a7c15u) >> 32) | 1;
+  }
+  uint32_t below(uint32_t limit) {
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    return state % limit;
+  }
+};
+
 struct Block {
   int size = 0, warps = 0, alive = 0;
   std::vector<Thread*> threads;
@@ -80,7 +95,7 @@ struct Block {
   void (*entry)(const void*) = nullptr;
   const void* kernel = nullptr;
   Meeting all, named[16], warp[kMostThreads / kWarp];
-  std::mt19937 random;
+  Random random;
 };
 
 extern Block block;
@@ -98,8 +113,11 @@ struct Settings {
 extern Settings settings;
 
 void set_order(const std::string& text);
+void run_block();  // that of blockIdx
 
 std::string place(Site site);
+std::string numbers(const uint3& at);
+std::string block_name();
 std::string thread_name(const Thread& thread);
 
 // Ends the launch with an error; of the running thread.

@@ -53,8 +53,7 @@ void check_red_zones() {
     const unsigned char* const behind = arena.shared + shared_bytes + i;
     if (!before && *behind == kPoison) continue;
     std::ostringstream text;
-    text << "block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z
-         << "): something was written " << i + (before ? 1 : 0) << " bytes "
+    text << block_name() << ": something was written " << i + (before ? 1 : 0) << " bytes "
          << (before ? "before the start" : "behind the end") << " of " << shared_bytes
          << " bytes of shared memory";
     block.error = text.str();

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "runtime.h"
+#include "watch.h"
 
 namespace resnet_fused::cuda::on_cpu {
 namespace {
@@ -41,38 +41,56 @@ uint32_t field(uint64_t descriptor, int shift) {
   return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4;
 }
 
-// The operand's core matrices one after another, each pair along k first.
-void gather(uint64_t descriptor, int rows, const Product& product, const char* operand,
-            std::vector<unsigned char>& to) {
+// Where the operand's core matrices lie, each pair along k first.
+template <class Visit>
+void for_each_core(uint64_t descriptor, int rows, Visit visit) {
   const uint32_t start = field(descriptor, 0), along_k = field(descriptor, 16);
   const uint32_t along_rows = field(descriptor, 32);
   for (int r = 0; r < rows / 8; ++r) {
     for (uint32_t k = 0; k < 2; ++k) {
-      const uint32_t address = start + static_cast<uint32_t>(r) * along_rows + k * along_k;
-      if (address < kSharedBase || address - kSharedBase + kCoreBytes > shared_bytes) {
-        fail(product.site, "wgmma: rows ", 8 * r, " to ", 8 * r + 7, " of operand ", operand,
-             " are outside of shared memory: byte ",
-             static_cast<int64_t>(address) - int64_t{kSharedBase}, " of ", shared_bytes);
-      }
-      const uint32_t offset = address - kSharedBase;
-      for (uint32_t i = 0; i < kCoreBytes; i += kGranule) {
-        const Granule state = granules[(offset + i) / kGranule];
-        if (state == Granule::settled) continue;
-        fail(product.site, "wgmma: byte ", offset + i, " of shared memory, row ", 8 * r + i / 16,
-             " of operand ", operand,
-             state == Granule::in_flight
-                 ? ", is the destination of a copy that was not waited for"
-                 : ", was written by a cp_async_16 that no fence_async of that thread followed");
-      }
-      const unsigned char* const from = shared_memory() + offset;
-      to.insert(to.end(), from, from + kCoreBytes);
+      visit(start + static_cast<uint32_t>(r) * along_rows + k * along_k, 8 * r);
     }
   }
 }
 
-void gather_both(const Product& product, std::vector<unsigned char>& to) {
-  gather(product.a, kRows, product, "a", to);
-  gather(product.b, 2 * product.size, product, "b", to);
+template <class Visit>
+void for_each_core(const Product& product, Visit visit) {
+  for_each_core(product.a, kRows, [&](uint32_t address, int row) { visit(address, row, "a"); });
+  for_each_core(product.b, 2 * product.size,
+                [&](uint32_t address, int row) { visit(address, row, "b"); });
+}
+
+// Tells the watcher of each piece of shared memory that the product reads.
+template <class Tell>
+void watch_operands(const Product& product, Tell tell) {
+  if constexpr (watch::kOn) {
+    for_each_core(product, [&](uint32_t address, int, const char*) {
+      tell(address - kSharedBase, kCoreBytes);
+    });
+  }
+}
+
+// Both operands, core matrix after core matrix.
+void gather(const Product& product, std::vector<unsigned char>& to) {
+  for_each_core(product, [&](uint32_t address, int row, const char* operand) {
+    if (address < kSharedBase || address - kSharedBase + kCoreBytes > shared_bytes) {
+      fail(product.site, "wgmma: rows ", row, " to ", row + 7, " of operand ", operand,
+           " are outside of shared memory: byte ",
+           static_cast<int64_t>(address) - int64_t{kSharedBase}, " of ", shared_bytes);
+    }
+    const uint32_t offset = address - kSharedBase;
+    for (uint32_t i = 0; i < kCoreBytes; i += kGranule) {
+      const Granule state = granules[(offset + i) / kGranule];
+      if (state == Granule::settled) continue;
+      fail(product.site, "wgmma: byte ", offset + i, " of shared memory, row ", row + i / 16,
+           " of operand ", operand,
+           state == Granule::in_flight
+               ? ", is the destination of a copy that was not waited for"
+               : ", was written by a cp_async_16 that no fence_async of that thread followed");
+    }
+    const unsigned char* const from = shared_memory() + offset;
+    to.insert(to.end(), from, from + kCoreBytes);
+  });
 }
 
 Warpgroup& own_warpgroup(const char* name, Site site) {
@@ -162,7 +180,7 @@ void complete(Warpgroup& warpgroup, size_t end) {
   for (size_t i = 0; i < count; ++i) {
     const Product& product = warpgroup.products[i];
     std::vector<unsigned char> now;
-    gather_both(product, now);
+    gather(product, now);
     if (now != product.operands) {
       fail(product.site, "wgmma: its operands were overwritten before the wgmma_wait");
     }
@@ -172,6 +190,7 @@ void complete(Warpgroup& warpgroup, size_t end) {
       accumulators[t] = accumulator_of(thread, thread.products.registers[i]);
     }
     compute(product, accumulators);
+    watch_operands(product, watch::product_done);
     for (Accumulator* it : accumulators) {
       if (--it->pending > 0) continue;
       std::memcpy(it->registers, it->values, sizeof(float) * static_cast<size_t>(it->size));
@@ -184,6 +203,12 @@ void complete(Warpgroup& warpgroup, size_t end) {
   }
   warpgroup.products.erase(warpgroup.products.begin(), warpgroup.products.begin() + n);
   warpgroup.done = end;
+  watch::group_done();
+  for (const Product& product : warpgroup.products) {  // some may read the same
+    watch_operands(product, [&](uint32_t offset, uint32_t bytes) {
+      watch::product_started(offset, bytes, product.site);
+    });
+  }
 }
 
 }  // namespace
@@ -241,7 +266,10 @@ void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat
   const size_t which = self.products.issued++ - warpgroup.done;
   if (which == warpgroup.products.size()) {
     Product product{a, b, n, adds, is_bfloat16, site, {}};
-    gather_both(product, product.operands);
+    gather(product, product.operands);
+    watch_operands(product, [&](uint32_t offset, uint32_t bytes) {
+      watch::product_started(offset, bytes, site);
+    });
     warpgroup.products.push_back(std::move(product));
   }
   const Product& product = warpgroup.products[which];
@@ -249,6 +277,11 @@ void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat
       product.is_bfloat16 != is_bfloat16 || product.site.line != site.line) {
     fail(site, "wgmma: another thread of the warpgroup issued another product (",
          place(product.site), ")");
+  }
+  if (self.number % kWarp == 0) {  // one of each warp is enough
+    watch_operands(product, [&](uint32_t offset, uint32_t bytes) {
+      watch::product_checked(offset, bytes, site);
+    });
   }
   take_registers_away(self, d, product);
   self.products.registers.push_back(d);
@@ -286,6 +319,7 @@ void wgmma_wait_for(int younger, Site site) {
   if (end > warpgroup.done) complete(warpgroup, end);
   own.waited = std::max(own.waited, groups);
   own.fenced = false;
+  watch::group_waited();
 }
 
 }  // namespace resnet_fused::cuda
