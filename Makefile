@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py setup_cuda.py pyproject.toml $(wildcard csrc/common/* csrc/cpu/*)
 CUDA_SOURCES := setup_cuda.py $(wildcard csrc/common/* csrc/cuda/*)
-STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) \
+	$(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.h *.cu */*.cu */*.cuh */*.h))
 RESULTS := benchmarks/results
 CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:fp32 wide_resnet50_2:16:fp32 \
@@ -12,7 +13,7 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test test-triton sanitize lint format bench gpu clean
+.PHONY: demo test test-triton sanitize sanitize-cuda lint format bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
@@ -47,6 +48,22 @@ $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
 	RESNET_FUSED_SANITIZE=1 RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	touch $@
+
+# The CUDA kernels' tests on the CPU (tests/cuda_on_cpu): under AddressSanitizer; with every access to
+# memory watched, for races; and with threads in other orders.
+CUDA_TESTS := $(wildcard $(addprefix tests/test_cuda_, \
+	conv.py ops.py pool.py running_statistics.py))
+CUDA_PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -p no:cacheprovider $(CUDA_TESTS)
+sanitize-cuda: .venv/.ready
+	rm -f build/cuda_on_cpu/asan/report.*
+	$(BIN)/python tests/cuda_on_cpu/build.py --mode asan
+	RESNET_FUSED_CUDA_MODE=asan \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/cuda_on_cpu/asan/report $(CUDA_PYTEST) \
+		|| { cat build/cuda_on_cpu/asan/report.*; exit 1; }
+	RESNET_FUSED_CUDA_MODE=watch $(CUDA_PYTEST)
+	RESNET_FUSED_CUDA_ORDER=reverse $(CUDA_PYTEST)
+	RESNET_FUSED_CUDA_ORDER=random:1 $(CUDA_PYTEST)
 
 lint: .venv/.packages
 	$(BIN)/ruff check .
