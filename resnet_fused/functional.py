@@ -11,8 +11,7 @@ from torch import Tensor
 from resnet_fused import checks, fold
 from resnet_fused.backends import reference
 from resnet_fused.ops import autograd as _autograd  # noqa: F401  (registers the formulas)
-from resnet_fused.ops import gpu as _gpu  # noqa: F401  (registers the CUDA kernels)
-from resnet_fused.ops import gpu_choice
+from resnet_fused.ops import gpu  # also registers the CUDA kernels
 from resnet_fused.ops.schema import conv_output_size
 from resnet_fused.ops.select import uses_reference
 
@@ -49,7 +48,7 @@ def conv_bn_act(
         groups: number of groups that input and output channels are split into.
         act: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu".
         negative_slope: of leaky_relu, >= 0.
-        backend: "auto", "native" (compiled CPU code), "triton" (a GPU) or "reference" (plain
+        backend: "auto", "native" (compiled C++), "triton" (a GPU) or "reference" (plain
             PyTorch).
 
     Returns:
@@ -100,7 +99,7 @@ def conv_bn_act(
         if uses_reference(backend, input)
         else torch.ops.resnet_fused.conv_bn_act
     )
-    with gpu_choice.only_triton() if backend == "triton" else contextlib.nullcontext():
+    with _by(backend):
         return run(
             input, weight, scale, shift, residual,
             stride, padding, dilation, groups, act, float(negative_slope),
@@ -147,7 +146,8 @@ def scale_shift_act(
         if uses_reference(backend, input)
         else torch.ops.resnet_fused.scale_shift_act
     )
-    return run(input, *vectors, residual, act, float(negative_slope))
+    with _by(backend):
+        return run(input, *vectors, residual, act, float(negative_slope))
 
 
 def bn_act(
@@ -219,8 +219,15 @@ def bn_act(
             f"got shape {tuple(input.shape)}"
         )
     run = reference.bn_act if uses_reference(backend, input) else torch.ops.resnet_fused.bn_act
-    output, mean, var = run(input, residual, weight, bias, float(eps), act, float(negative_slope))
+    with _by(backend):
+        output, mean, var = run(
+            input, residual, weight, bias, float(eps), act, float(negative_slope)
+        )
     return output, mean.detach(), var.detach()
+
+
+def _by(backend: str) -> contextlib.AbstractContextManager[None]:
+    return gpu.only_triton() if backend == "triton" else contextlib.nullcontext()
 
 
 def _check_normalised(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resnet_fused.backends import native
+from resnet_fused.backends import gpu_kernels, native
 from resnet_fused.ops.schema import statistics_dtype
 
 
@@ -69,9 +69,18 @@ def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, cou
         count: values per channel in the batch. With momentum None the mean over all batches is
             kept.
     """
-    recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    compiling = torch.compiler.is_compiling()
+    recomputing = not compiling and torch._C._current_graph_task_id() != -1
     if not (bn.training and bn.track_running_stats) or recomputing:
         return
+    if not compiling and gpu_kernels.compiled(mean):
+        update_all_running_statistics([bn], [mean, var], [count])
+    else:
+        _update(bn, mean, var, count)
+
+
+def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """The same by plain PyTorch, of a module that trains and tracks."""
     with torch.no_grad():
         momentum: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
         if bn.num_batches_tracked is not None:
@@ -100,27 +109,34 @@ def update_all_running_statistics(
     counters = [bn._buffers["num_batches_tracked"] for bn in norms]
     running = [bn._buffers[name] for bn in norms for name in ("running_mean", "running_var")]
     kind = statistics[0].device.type
+    any_dtype = gpu_kernels.compiled(statistics[0])
+    compiled = any_dtype or (kind == "cpu" and native.available)
+    if torch._C._current_graph_task_id() != -1:
+        return  # gradient checkpointing runs the forward again
     alike = (
-        (native.available if kind == "cpu" else kind == "cuda")
+        (compiled or kind == "cuda")
         and momentum is not None
-        and torch._C._current_graph_task_id() == -1
         and len(set(map(id, norms))) == len(norms)
         and all(c is not None and c.device.type == kind for c in counters)
         and all(
-            r is not None and r.device == b.device and r.dtype == b.dtype and r.is_contiguous()
+            r is not None
+            and r.device == b.device
+            and (any_dtype or r.dtype == b.dtype)
+            and r.is_contiguous()
             for r, b in zip(running, statistics, strict=True)
         )
         and all(bn.training and bn.track_running_stats and bn.momentum == momentum for bn in norms)
     )
     if not alike:
         for i, bn in enumerate(norms):
-            update_running_statistics(bn, statistics[2 * i], statistics[2 * i + 1], counts[i])
+            if bn.training and bn.track_running_stats:
+                _update(bn, statistics[2 * i], statistics[2 * i + 1], counts[i])
         return
     factors = [f for n in counts for f in (1.0, n / max(n - 1, 1))]
-    if kind == "cuda":
+    if not compiled:
         _update_by_few_launches(running, counters, statistics, factors, momentum)
         return
-    torch.ops.resnet_fused._update_running_statistics(
+    torch.ops.resnet_fused._update_running_statistics.default(
         running, counters, statistics, factors, momentum
     )
     changed = [t for t in (*running, *counters) if t is not None]
@@ -135,7 +151,7 @@ def _update_by_few_launches(
     factors: Sequence[float],
     momentum: Any,
 ) -> None:
-    """For a GPU: a launch for all vectors together instead of five for each batch norm."""
+    """For a GPU without compiled kernels: a launch for all vectors, not five for each norm."""
     batch: Any = torch._foreach_mul(list(statistics), [momentum * f for f in factors])
     torch._foreach_mul_(running, 1 - momentum)
     torch._foreach_add_(running, batch)

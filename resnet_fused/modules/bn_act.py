@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fold
-from resnet_fused.backends import reference
+from resnet_fused.backends import gpu_kernels, reference
 from resnet_fused.backends.triton import support
 from resnet_fused.checks import DTYPES
 from resnet_fused.kept import Kept
@@ -63,7 +63,8 @@ class BNAct:
         options = (self.act, self.negative_slope)
         if not uses_batch_statistics(bn):
             vectors = self._vectors(bn, statistics_dtype(input.dtype))
-            if overwrite and native_unusable(input) is None and not torch.is_grad_enabled():
+            overwrites = overwrite and input.is_cpu and not torch.is_grad_enabled()
+            if overwrites and native_unusable(input) is None:
                 torch.ops.resnet_fused._scale_shift_act_(input, *vectors, residual, *options)
                 if not input.is_inference():
                     torch.autograd.graph.increment_version(input)  # compiled operators don't
@@ -98,7 +99,7 @@ class BNAct:
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or uses_batch_statistics(bn)
-            or support.unusable(input) is not None
+            or gpu_kernels.unusable(input) is not None
             or input.layout != torch.strided
             or not _addable(residual, input)
         ):
@@ -109,7 +110,7 @@ class BNAct:
         if input.device != vectors[0].device:
             return None
         arguments = (input, *vectors, residual, self.act, self.negative_slope)
-        if gpu.unseen(input):
+        if not gpu_kernels.compiled(input) and gpu.unseen(input):
             output: Tensor = gpu.kernels("scale_shift_act").scale_shift_act(*arguments)
             return output
         return torch.ops.resnet_fused.scale_shift_act(*arguments)
@@ -139,7 +140,7 @@ class BNAct:
 def _plain(input: Tensor, bn: nn.BatchNorm2d) -> bool:
     """Whether a kernel takes it, and is not slower than PyTorch's own modules."""
     if support.on_gpu(input) and not torch.compiler.is_compiling():
-        if support.unusable(input) is not None:
+        if gpu_kernels.unusable(input) is not None:
             return False
         records = torch.is_grad_enabled() or uses_batch_statistics(bn)
         small = input.nbytes < support.LEAST_STEP_BYTES

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import fold
+from resnet_fused.backends import cuda_conv, gpu_kernels
 from resnet_fused.backends.native_conv import Wired
-from resnet_fused.backends.triton import support
 from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.kept import Kept
 from resnet_fused.ops import gpu, gpu_choice
@@ -42,7 +42,7 @@ class Data(NamedTuple):
         """The input as autocast has it, and this of it; None if no kernel takes it."""
         autocast = torch.is_autocast_enabled(input.device.type)
         data = cast_for_autocast(input.device, input)[0] if autocast else input
-        if support.unusable(data) is not None or data.layout != torch.strided:
+        if gpu_kernels.unusable(data) is not None or data.layout != torch.strided:
             return None
         return data, cls(data.shape, data.dtype, data.device, is_channels_last(data), autocast)
 
@@ -51,7 +51,7 @@ class Data(NamedTuple):
 class PreparedConv:
     """One step for inputs of one shape, ready to be launched."""
 
-    weight: Tensor
+    weight: Tensor | cuda_conv.Packed
     scale: Tensor | None
     shift: Tensor | None
     geometry: tuple[list[int], list[int], list[int], int]
@@ -63,6 +63,11 @@ class PreparedConv:
 
     def __call__(self, data: Tensor, residual: Tensor | None) -> Tensor:
         """act(conv(data) · scale + shift + residual); the residual must fit."""
+        if isinstance(self.weight, cuda_conv.Packed):
+            return self.weight(
+                data, self.scale, self.shift, residual, *self.geometry[:3], self.act,
+                self.negative_slope,
+            )  # fmt: skip
         if self.algorithm != LIBRARY:
             arguments: Any = (
                 data, self.weight, self.scale, self.shift, residual, *self.geometry,
@@ -75,10 +80,10 @@ class PreparedConv:
         if self.bare and residual is None:
             return z
         rest = (self.scale, self.shift, residual, self.act, self.negative_slope)
-        if gpu.unseen(z):
+        if not gpu_kernels.compiled(z) and gpu.unseen(z):
             gpu.kernels("scale_shift_act").scale_shift_act(z, *rest, output=z)
         else:
-            torch.ops.resnet_fused._finish_conv_(z, *rest)
+            torch.ops.resnet_fused._finish_conv_.default(z, *rest)
         return z
 
     def adds(self, residual: Tensor) -> bool:
@@ -100,6 +105,7 @@ class _Folded:
     scale: Tensor | None
     shift: Tensor | None
     prepared: dict[tuple[object, ...], PreparedConv | None] = field(default_factory=dict)
+    packed: dict[str, Kept[cuda_conv.Packed]] = field(default_factory=dict)
 
     def prepare(
         self, data: Data, conv: nn.Conv2d, act: str, negative_slope: float
@@ -117,11 +123,24 @@ class _Folded:
         layout = torch.channels_last if data.channels_last else torch.contiguous_format
         like = torch.empty(shape, dtype=data.dtype, device="meta", memory_format=layout)
         algorithm = gpu_choice.choose("inference", like, weight, *geometry)
+        ready: Tensor | cuda_conv.Packed = weight
+        if algorithm in cuda_conv.BY_NAME:
+            if act in cuda_conv.ACTIVATIONS:
+                ready = self._pack(algorithm, conv.groups)
+            else:
+                algorithm = LIBRARY
         channels_last = data.channels_last or is_channels_last(weight)
         output = data._replace(shape=size, channels_last=channels_last)
         bare = self.scale is None and self.shift is None and act == "none"
         return PreparedConv(
-            weight, self.scale, self.shift, geometry, output, algorithm, act, negative_slope, bare
+            ready, self.scale, self.shift, geometry, output, algorithm, act, negative_slope, bare
+        )
+
+    def _pack(self, algorithm: str, groups: int) -> cuda_conv.Packed:
+        """The weight as a compiled kernel reads it; the same for all shapes."""
+        kept = self.packed.setdefault(algorithm, Kept())
+        return kept.get(
+            (), [self.weight], lambda: cuda_conv.Packed.of(self.weight, groups, algorithm)
         )
 
 

@@ -1,4 +1,4 @@
-"""The max-pool behind a stem: takes a deferred activation in training, and no indices otherwise."""
+"""The max-pool behind a stem: takes a deferred activation in training, and no int64 indices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import native
+from resnet_fused.backends.triton import support
 from resnet_fused.modules.deferred import Deferred
+from resnet_fused.ops import max_pool
 from resnet_fused.ops.schema import is_channels_last
 
 _COMPILED = (torch.float32, torch.float64, torch.bfloat16)
@@ -23,14 +25,24 @@ class MaxPool:
         if isinstance(input, Deferred):
             return input.max_pool((kernel, stride, padding, dilation, pool.ceil_mode))
         if (
+            torch.compiler.is_compiling()
+            or input.dim() != 4
+            or pool.ceil_mode
+            or not self.inside(input.shape, window)
+        ):
+            return pool(input)
+        records = torch.is_grad_enabled() and input.requires_grad
+        if max_pool.on_gpu(input, window):
+            if records and input.nbytes < support.LEAST_STEP_BYTES:
+                return pool(input)
+            if records:
+                return max_pool.MaxPool2d.apply(input, list(window))
+        elif (
             not native.available
             or not input.is_cpu
             or input.dtype not in _COMPILED
-            or torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and input.requires_grad)
+            or records
             or not is_channels_last(input)
-            or not self.inside(input.shape, window)
-            or pool.ceil_mode
         ):
             return pool(input)
         return torch.ops.resnet_fused._max_pool2d(input, kernel, stride, padding, dilation)

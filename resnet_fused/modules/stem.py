@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends.triton import support
 from resnet_fused.modules.batch_norm import (
     affine,
     process_group,
@@ -76,7 +78,8 @@ class Stem:
             return None
         after = self.conv.after
         stem = TrainStem(options_of(conv, bn, after.act, after.negative_slope), window)
-        if not stem.runs(data):
+        small = math.prod(size) * data.element_size() < support.LEAST_STEP_BYTES
+        if (support.on_gpu(data) and small) or not stem.runs(data):
             return None
         output, mean, var = stem(data, weight, bias, *affine(bn, data))
         update_all_running_statistics([bn], [mean, var], [size[0] * size[2] * size[3]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import policy
+from resnet_fused.backends import gpu_kernels
 from resnet_fused.backends.native_conv import Wired
 from resnet_fused.backends.triton import support
 from resnet_fused.checks import DTYPES
@@ -84,7 +85,7 @@ class Training:
         if support.on_gpu(data):
             alone = all(process_group(bn) is None for bn in norms)
             small = alone and not self.low_memory and data.nbytes < support.LEAST_BLOCK_BYTES
-            if small or support.unusable(data) is not None:
+            if small or gpu_kernels.unusable(data) is not None:
                 return None
         # Autocast would cast the parameters; what needs them so does it itself.
         kind = data.device.type

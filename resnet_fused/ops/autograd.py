@@ -7,12 +7,14 @@ gradient; a second derivative exists where backward is made of differentiable Py
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import reference
+from resnet_fused.ops import gpu
 from resnet_fused.ops.schema import NAMESPACE, statistics_dtype
 
 PIECEWISE_LINEAR = ("none", "relu", "relu6", "leaky_relu")
@@ -127,6 +129,7 @@ def _bn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
     input, residual, weight, bias, ctx.eps, ctx.act, ctx.slope = inputs
     y, mean, var = output
     ctx.has_residual = residual is not None
+    ctx.only_triton = gpu.leaves_out_compiled()
     reads_output = ctx.has_residual and ctx.act in PIECEWISE_LINEAR and ctx.act != "none"
     reads_residual = ctx.has_residual and ctx.act not in PIECEWISE_LINEAR
     ctx.save_for_backward(
@@ -146,9 +149,10 @@ def _bn_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None,
         return (None,) * 7
     saved = ctx.saved_tensors  # read once: checkpointing gives them once
     weight, bias = saved[5:]
-    grad_input, grad_residual, grad_weight, grad_bias = _ops.bn_act_backward(
-        grad, *saved, ctx.eps, ctx.act, ctx.slope, ctx.has_residual
-    )
+    with gpu.only_triton() if ctx.only_triton else contextlib.nullcontext():
+        grad_input, grad_residual, grad_weight, grad_bias = _ops.bn_act_backward(
+            grad, *saved, ctx.eps, ctx.act, ctx.slope, ctx.has_residual
+        )
     return (
         grad_input,
         grad_residual if ctx.has_residual else None,

@@ -1,4 +1,5 @@
-"""The operators on CUDA tensors: Triton's kernels where they can run, else plain PyTorch.
+"""The operators on CUDA tensors that the compiled library lacks: by Triton's kernels where they can
+run, else plain PyTorch. Without that library, all of them.
 
 Registered straight for the dispatch key: one Python call between dispatcher and launch. In
 torch.compile the two operators of evaluation are taken apart instead, so that Inductor sees a
@@ -9,17 +10,20 @@ keeps the operators.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.backends import reference
+from resnet_fused.backends import cuda_conv, gpu_kernels, native_cuda, reference
 from resnet_fused.backends.triton import configs, support
 from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.schema import (
@@ -57,6 +61,7 @@ def unseen(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack()
 
 
+@functools.cache
 def _implementation(name: str, file: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.resnet_fused, name).default
     names = [a.name for a in operator._schema.arguments]
@@ -142,7 +147,7 @@ def conv_bn_act(
     """The operator of this name, by what :func:`gpu_choice.choose` names."""
     geometry = (stride, padding, dilation, groups)
     tensors = (input, weight, scale, shift, residual)
-    if support.unusable(input) is not None:
+    if gpu_kernels.unusable(input) is not None:
         return reference.conv_bn_act(*tensors, *geometry, act, negative_slope)
     name = gpu_choice.choose("inference", input, weight, *geometry)
     return run_conv(name, *tensors, *geometry, act, negative_slope)
@@ -164,10 +169,14 @@ def run_conv(
 ) -> Tensor:
     """:func:`conv_bn_act` by what is named."""
     geometry = (stride, padding, dilation, groups)
+    if name in cuda_conv.BY_NAME and act in cuda_conv.ACTIVATIONS:
+        packed = cuda_conv.Packed.of(weight, groups, name)
+        return packed(input, scale, shift, residual, stride, padding, dilation, act, negative_slope)
     if name not in configs.BY_NAME:
         z = torch.conv2d(input, weight, None, *geometry)
         if not (scale is None and shift is None and residual is None and act == "none"):
-            finish_conv(z, scale, shift, residual, act, negative_slope)
+            finish = _finish_compiled if gpu_kernels.compiled(z) else finish_conv
+            finish(z, scale, shift, residual, act, negative_slope)
         return z
     _demand_convolution(input, weight, groups)
     size = torch.Size(conv_output_size(input.shape, weight, stride, padding, dilation))
@@ -187,7 +196,39 @@ def implementations() -> dict[str, Callable[..., Any]]:
 
 
 for _name, _function in implementations().items():
-    _library.impl(_name, _function, "CUDA")
+    # The compiled library's own come first.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{_name}", "CUDA"):
+        _library.impl(_name, _function, "CUDA")
+
+_compiled_is_left_out: ContextVar[bool] = ContextVar("compiled_is_left_out", default=False)
+_finish_compiled = torch.ops.resnet_fused._finish_conv_.default
+
+
+class _Triton(TorchDispatchMode):
+    """In here operators run by Triton's kernels, though the compiled library has some as well."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = func.namespace == NAMESPACE and func._opname in _FILES
+        if own:
+            return _implementation(func._opname, _FILES[func._opname])(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def only_triton() -> Iterator[None]:
+    """In here everything is Triton's: for who names it as the backend."""
+    compiled = native_cuda.available and not torch.compiler.is_compiling()
+    token = _compiled_is_left_out.set(compiled)
+    try:
+        with gpu_choice.only_triton(), _Triton() if compiled else contextlib.nullcontext():
+            yield
+    finally:
+        _compiled_is_left_out.reset(token)
+
+
+def leaves_out_compiled() -> bool:
+    """Whether this runs in :func:`only_triton` with a compiled library there."""
+    return _compiled_is_left_out.get()
 
 
 def _demand_convolution(input: Tensor, weight: Tensor, groups: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import native
-from resnet_fused.ops import train_conv
+from resnet_fused.ops import max_pool, train_conv
 from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.schema import is_channels_last
 from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Sums
@@ -85,8 +85,16 @@ class BatchNormActMaxPool(torch.autograd.Function):
         norm: BatchNormAct,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a, mean, var = _ops.bn_act(z, None, bn_weight, bn_bias, *norm)
-        output, indices = torch.ops.aten.max_pool2d_with_indices(a, *options)
+        *pairs, ceil_mode = options
+        window = tuple(n for pair in pairs for n in pair)
+        ctx.window = list(window) if not ceil_mode and max_pool.on_gpu(z, window) else None
+        if ctx.window:
+            mean, var = _ops.batch_statistics(z)
+            vectors = Normalised(z, mean, var, bn_weight, bn_bias, *norm).vectors()
+            output, indices = _ops._train_pool(z, vectors, *norm, ctx.window)
+        else:
+            a, mean, var = _ops.bn_act(z, None, bn_weight, bn_bias, *norm)
+            output, indices = torch.ops.aten.max_pool2d_with_indices(a, *options)
         ctx.norm, ctx.options = norm, options
         ctx.save_for_backward(z, mean, var, bn_weight, bn_bias, indices)
         ctx.mark_non_differentiable(mean, var)
@@ -101,6 +109,12 @@ class BatchNormActMaxPool(torch.autograd.Function):
         *normalisation, indices = ctx.saved_tensors
         # The pool's own input is read for its shape only, which is z's.
         z = normalisation[0]
+        value = Normalised(*normalisation, *ctx.norm)
+        if ctx.window:
+            places = (grad, indices, z)
+            sums = Sums(*_ops._train_pool_sums(*places, value.vectors(), *ctx.norm, ctx.window))
+            grad_a = _ops._max_unpool(*places, ctx.window)
+            return *_norm_grads(grad_a, value, sums), None, None
         scatter = torch.ops.aten.max_pool2d_with_indices_backward
         if native.available and z.is_cpu and is_channels_last(z):
             # The largest gradient of the network: fresh memory would cost more than the scattering.
@@ -108,7 +122,7 @@ class BatchNormActMaxPool(torch.autograd.Function):
             scatter.grad_input(grad, z, *ctx.options, indices, grad_input=grad_a)
         else:
             grad_a = scatter(grad, z, *ctx.options, indices)
-        return *_norm_grads(grad_a, Normalised(*normalisation, *ctx.norm), None), None, None
+        return *_norm_grads(grad_a, value, None), None, None
 
 
 def _norm_grads(

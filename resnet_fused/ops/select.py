@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet_fused.backends import native
+from resnet_fused.backends import native, native_cuda
 from resnet_fused.backends.triton import support
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -23,11 +23,19 @@ def uses_reference(backend: str, input: Tensor) -> bool:
     reason = unusable and unusable(input)
     if reason:
         raise RuntimeError(f"backend: {backend!r} cannot run this: {reason}")
-    return backend == "reference"
+    return backend == "reference" or (
+        # Compiled operators on a GPU that they have no code for.
+        backend == "auto"
+        and input.is_cuda
+        and native_cuda.available
+        and native_cuda.unusable(input.get_device()) is not None
+    )
 
 
 def native_unusable(input: Tensor) -> str | None:
     """Why the compiled kernels cannot take this input, or None if they can."""
+    if input.is_cuda:
+        return native_cuda.unusable(input.get_device())
     if input.device.type != "cpu":
-        return f"the compiled kernels run on cpu, the input is on {input.device}"
+        return f"the compiled kernels run on cpu and cuda, the input is on {input.device}"
     return native.reason

@@ -3,7 +3,8 @@
 The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the
 convolution's output and the pool's int64 indices; this function keeps the convolution's output and
 one byte for each of the pool's, and computes the activation, and in backward its gradient, a few
-images at a time (``csrc/cpu/train_pool.cpp``).
+images at a time (``csrc/cpu/train_pool.cpp``). On a GPU the activation is never written either, its
+gradient is (``csrc/cuda/max_pool.cu``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import native_conv
-from resnet_fused.ops import train_conv
+from resnet_fused.backends import gpu_kernels, native_conv
+from resnet_fused.ops import max_pool, train_conv
 from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.schema import is_channels_last
 from resnet_fused.ops.train_conv import ConvNorm, Gradient, Pooled, Sums
 
 _ops = torch.ops.resnet_fused
-
-_MOST_POSITIONS = 255  # csrc/cpu/max_pool.h
 
 
 class TrainStem(NamedTuple):
@@ -32,11 +31,13 @@ class TrainStem(NamedTuple):
 
     def runs(self, input: Tensor) -> bool:
         """Whether there are kernels for it."""
+        if gpu_kernels.compiled(input):
+            return gpu_kernels.unusable(input) is None and max_pool.on_gpu(input, self.window)
         return (
             input.is_cpu
             and native_conv.unusable(input.dtype) is None
             and is_channels_last(input)
-            and self.window[0] * self.window[1] <= _MOST_POSITIONS
+            and self.window[0] * self.window[1] <= max_pool.MOST_POSITIONS
         )
 
     def __call__(

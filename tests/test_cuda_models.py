@@ -1,0 +1,199 @@
+"""Whole blocks and stems on the compiled CUDA kernels: from fuse() through modules to a launch.
+
+On a GPU, or with the emulator's kernels in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels
+from cuda_place import COMPILED, compiled_gpu
+from test_functional import noise
+from tolerance import assert_mean_parity, assert_parity, double_model
+from torch import Tensor, nn
+from train_case import results, smooth
+
+from resnet_fused import functional, fuse
+from resnet_fused.backends import native_cuda, reference
+from resnet_fused.backends.triton import support
+from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
+from resnet_fused.modules.batch_norm import update_all_running_statistics
+from resnet_fused.modules.max_pool import MaxPool
+from resnet_fused.ops import gpu
+
+pytestmark = [
+    needs_cuda_kernels,
+    pytest.mark.usefixtures("poisoned", compiled_gpu.__name__),
+]
+
+KINDS = ["basic", "bottleneck", "basic down", "bottleneck down", "stem"]
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+class Stem(nn.Module):
+    """The first layers of a residual network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.relu(self.bn(self.conv(x))))
+
+
+def block(kind: str, seed: int = 1) -> nn.Module:
+    """With statistics that look trained."""
+    torch.manual_seed(seed)
+    make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
+    channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
+    options: dict[str, Any] = {}
+    if "down" in kind:
+        down = nn.Sequential(conv1x1(channels, outputs, stride=2), nn.BatchNorm2d(outputs))
+        options = {"stride": 2, "downsample": down}
+    module = Stem() if kind == "stem" else make(channels, planes, **options)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.2)
+            nn.init.normal_(m.running_mean, 0, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return module.to(DEVICE, memory_format=torch.channels_last)
+
+
+def images(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
+    size = {"basic": (3, 16, 7, 9), "stem": (2, 3, 22, 19)}.get(kind, (3, 32, 7, 9))
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    return x.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@EVERY_KIND
+def test_evaluation(kind: str, dtype: torch.dtype, compiled_gpu: dict[str, int]) -> None:
+    model, x = block(kind).eval().to(dtype), images(kind, dtype)
+    with torch.no_grad():
+        exact, eager = double_model(model)(x.double()), model(x)
+        assert_parity(fuse(model)(x), eager, exact)
+    if not HAS_GPU:
+        assert compiled_gpu["_finish_conv_"] > 0
+        assert compiled_gpu["_max_pool2d"] == (kind == "stem")
+
+
+@EVERY_KIND
+def test_training(kind: str, compiled_gpu: dict[str, int]) -> None:
+    draws = [(smooth(block(kind, seed)).train(), images(kind, seed=seed)) for seed in (1, 2, 3)]
+    eager = [results(copy.deepcopy(model), x, torch.sin) for model, x in draws]
+    exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
+    for memory in ("default", "low"):
+        ours = [results(fuse(model, memory=memory), x, torch.sin) for model, x in draws]
+        assert ours[0].keys() == eager[0].keys()
+        for name in ours[0]:
+            rows = [[r[name] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
+            assert_mean_parity(rows, what=f"{kind}, {name}")
+    if not HAS_GPU:
+        stem = kind == "stem"
+        assert compiled_gpu["_update_running_statistics"] == 6  # one of each block
+        assert compiled_gpu["_train_pool"] == compiled_gpu["_train_pool_sums"] == 6 * stem
+
+
+def test_running_statistics_of_a_bfloat16_model(compiled_gpu: dict[str, int]) -> None:
+    """In one launch for a block, blended in float32 and rounded once."""
+    model = block("bottleneck").train().to(torch.bfloat16)
+    fused, x = fuse(model), images("bottleneck", torch.bfloat16).requires_grad_()
+    before = {n: b.clone() for n, b in fused.named_buffers()}
+    versions = {n: b._version for n, b in fused.named_buffers()}
+    fused(x)
+    if not HAS_GPU:
+        assert compiled_gpu["_update_running_statistics"] == 1
+    model(x)
+    for (name, b), plain in zip(fused.named_buffers(), model.buffers(), strict=True):
+        assert b._version > versions[name]
+        assert not torch.equal(b, before[name])
+        assert_parity(b, plain, plain.double(), what=name)
+
+
+def test_statistics_that_one_launch_does_not_take() -> None:
+    """Another momentum, no running statistics, none that are counted: each by itself."""
+    norms = [nn.BatchNorm2d(8).to(DEVICE) for _ in range(3)]
+    norms[1].momentum = None
+    norms[2].num_batches_tracked = None
+    plain = copy.deepcopy(norms)
+    batches = [noise(4, 8, 3, 3, seed=s).to(DEVICE) for s in range(3)]
+    statistics: list[Tensor] = []
+    for bn, x in zip(plain, batches, strict=True):
+        bn(x)
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        statistics += [mean, var]
+    update_all_running_statistics(norms, statistics, [36] * 3)
+    for ours, theirs in zip(norms, plain, strict=True):
+        for name, b in ours.named_buffers():
+            torch.testing.assert_close(b, dict(theirs.named_buffers())[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_max_pool_alone(dtype: torch.dtype, compiled_gpu: dict[str, int]) -> None:
+    pools = (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d(3, 1, 1, dilation=2))
+    for pool in pools:
+        x = noise(2, 24, 11, 13, dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
+        plain = pool if HAS_GPU or dtype != torch.float16 else lambda t, p=pool: p(t.float())
+        expected = plain(x)
+        y = MaxPool()(x, pool)
+        assert torch.equal(y, expected.to(dtype)) and y.stride() == expected.stride()
+        leaf = x.clone().requires_grad_()
+        out = MaxPool()(leaf, pool)
+        assert out.grad_fn is not None and torch.equal(out, y)
+        ones = torch.ones_like(out).requires_grad_()
+        (grad,) = torch.autograd.grad(out, leaf, ones, create_graph=True)
+        wide = x.float().requires_grad_()
+        (exact,) = torch.autograd.grad(pool(wide).sum(), wide)
+        assert torch.equal(grad.float(), exact)  # whole numbers
+        (again,) = torch.autograd.grad(grad, ones, x)  # of what was chosen
+        assert torch.equal(again, y)
+    for other in (nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(16, 1, 8)):
+        before = dict(compiled_gpu)
+        x = noise(2, 8, 20, 20).to(DEVICE, memory_format=torch.channels_last).requires_grad_()
+        assert torch.equal(MaxPool()(x, other), other(x))
+        assert compiled_gpu == before
+    x = noise(2, 8, 20, 20).to(DEVICE)
+    assert torch.equal(MaxPool()(x, pools[0]), pools[0](x)) and compiled_gpu == before
+
+
+def test_a_named_triton_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, though the operators are the compiled ones."""
+    calls: list[str] = []
+
+    def kernels(file: str) -> Any:
+        def recorded(name: str) -> Any:
+            def run(*args: Any) -> Any:
+                calls.append(name)
+                return getattr(reference, name)(*args)
+
+            return run
+
+        names = ("scale_shift_act", "bn_act", "bn_act_backward")
+        return SimpleNamespace(**{name: recorded(name) for name in names})
+
+    monkeypatch.setattr(native_cuda, "available", True)
+    monkeypatch.setattr(support, "unusable", lambda tensor: None)
+    monkeypatch.setattr(gpu, "kernels", kernels)
+    x, one = noise(2, 5, 4, 4).to(DEVICE).requires_grad_(), torch.ones(5, device=DEVICE)
+    for backend in ("triton", "auto"):
+        y, _, _ = functional.bn_act(x, training=True, act="relu", backend=backend)
+        functional.scale_shift_act(x.detach(), one, one, backend=backend)
+        y.sum().backward()
+        assert calls == (["bn_act", "scale_shift_act", "bn_act_backward"] * (backend == "triton"))
+        calls.clear()
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
+def test_the_compiled_library_comes_first() -> None:
+    for name in COMPILED:
+        found = torch._C._dispatch_dump(f"resnet_fused::{name}")
+        assert "csrc/cuda" in next(line for line in found.splitlines() if "CUDA:" in line)
