@@ -19,6 +19,7 @@ demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.ready .venv/.cuda
+	$(BIN)/python tests/cuda_on_cpu/build.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
 	$(MAKE) --no-print-directory test-triton
 	$(BIN)/python -m pytest -q tests/test_speedup.py
@@ -61,6 +62,7 @@ sanitize-cuda: .venv/.ready
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/cuda_on_cpu/asan/report $(CUDA_PYTEST) \
 		|| { cat build/cuda_on_cpu/asan/report.*; exit 1; }
+	$(BIN)/python tests/cuda_on_cpu/build.py --mode watch
 	RESNET_FUSED_CUDA_MODE=watch $(CUDA_PYTEST)
 	RESNET_FUSED_CUDA_ORDER=reverse $(CUDA_PYTEST)
 	RESNET_FUSED_CUDA_ORDER=random:1 $(CUDA_PYTEST)

@@ -4,10 +4,17 @@
 >>> ops = build.load()  # torch.ops.resnet_fused_cuda_on_cpu
 >>> ops.bn_act(input, None, None, None, 1e-5, "relu", 0.0)
 
-Modes: ``plain``; ``asan``, with AddressSanitizer, for a process that was started with its library
-preloaded (``make sanitize-cuda``). ``RESNET_FUSED_CUDA_MODE`` names the one that is taken by
-default, ``RESNET_FUSED_CUDA_ORDER`` the order in which threads run. Objects are kept under
-``build/cuda_on_cpu/<mode>`` and made again when a file they read has changed.
+Modes: ``plain``; ``watch``, which sees every access to memory, for races (``watch.cpp``); ``asan``,
+with AddressSanitizer, for a process that was started with its library preloaded. ``make
+sanitize-cuda`` runs all. ``RESNET_FUSED_CUDA_MODE`` names the one that is taken by default,
+``RESNET_FUSED_CUDA_ORDER`` the order in which threads run: ``forward``, ``reverse`` or
+``random:SEED``. Objects are kept under ``build/cuda_on_cpu/<mode>`` and made again when a file they
+read has changed.
+
+>>> ops._set_order("random:7")
+>>> ops._only_blocks(1000, 1001)  # of every grid; (0, -1): all again
+
+A kernel that does what it must not is a RuntimeError that names the thread and the line.
 """
 
 from __future__ import annotations
@@ -49,8 +56,9 @@ COMMON = [
     "-Wno-unknown-pragmas",
     f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
 ]
-MODES = {  # of kernels; of the runtime; of linking
-    "plain": (["-O2", UNDEFINED], [], []),
+# Of kernels, of the runtime, of linking. Compiling takes longer than running: no -O2.
+MODES = {
+    "plain": (["-O1", UNDEFINED], [], []),
     "asan": (
         ["-O1", UNDEFINED, "-fsanitize=address", "-fno-omit-frame-pointer"],
         ["-DRESNET_FUSED_ASAN"],
@@ -239,4 +247,5 @@ _kept: list[torch.library.Library] = []  # a library's operators go with it
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=MODES, default="plain")
-    print(library(parser.parse_args().mode, "kernels", sorted(KERNELS.glob("*.cu"))))
+    chosen = parser.parse_args().mode
+    print(missing() or library(chosen, "kernels", sorted(KERNELS.glob("*.cu"))))
