@@ -34,8 +34,9 @@ struct SumsData {
 };
 
 template <class T, int n, bool planes, Act kind, Beside from>
-__global__ void sums_kernel(SumsData<T> data, Norm<compute_t<T>> norm, Pass pass, Activation act,
-                            compute_t<T> slope, double* partial) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sums_kernel(SumsData<T> data, Norm<compute_t<T>> norm, Pass pass, Activation act,
+                compute_t<T> slope, double* partial) {
   using A = compute_t<T>;
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;
@@ -84,9 +85,10 @@ __global__ void sums_kernel(SumsData<T> data, Norm<compute_t<T>> norm, Pass pass
 }
 
 template <class T, int n, bool planes, Act kind>
-__global__ void input_kernel(const T* grad, const T* x, T* grad_input, Norm<compute_t<T>> norm,
-                             const compute_t<T>* grad_weight, const compute_t<T>* grad_bias,
-                             compute_t<T> count, Pass pass, Activation act, compute_t<T> slope) {
+__global__ void __launch_bounds__(kThreads, 2)
+    input_kernel(const T* grad, const T* x, T* grad_input, Norm<compute_t<T>> norm,
+                 const compute_t<T>* grad_weight, const compute_t<T>* grad_bias, compute_t<T> count,
+                 Pass pass, Activation act, compute_t<T> slope) {
   using A = compute_t<T>;
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;

@@ -23,9 +23,9 @@ namespace resnet_fused::cuda {
 namespace {
 
 template <class T, int n, int size, bool places, bool norms, Act kind>
-__global__ void max_pool_kernel(const T* x, T* y, uint8_t* positions, PoolShape shape,
-                                Norm<compute_t<T>> norm, Activation act, compute_t<T> slope,
-                                Pass pass) {
+__global__ void __launch_bounds__(kThreads, 2)
+    max_pool_kernel(const T* x, T* y, uint8_t* positions, PoolShape shape, Norm<compute_t<T>> norm,
+                    Activation act, compute_t<T> slope, Pass pass) {
   using A = compute_t<T>;
   const Place<n, false> place(pass);
   A mean[n], scale[n], bias[n];
@@ -76,8 +76,9 @@ __global__ void max_pool_kernel(const T* x, T* y, uint8_t* positions, PoolShape 
 }
 
 template <class T, int n>
-__global__ void max_unpool_kernel(const T* grad, const uint8_t* positions, T* grad_input,
-                                  PoolShape shape, Pass pass) {
+__global__ void __launch_bounds__(kThreads, 2)
+    max_unpool_kernel(const T* grad, const uint8_t* positions, T* grad_input, PoolShape shape,
+                      Pass pass) {
   using A = compute_t<T>;
   const Place<n, false> place(pass);
   if (!place.active) return;

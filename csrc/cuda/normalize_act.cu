@@ -21,8 +21,9 @@ constexpr int kUnroll = 4;
 
 // y may be x.
 template <class T, int n, bool planes, Act kind, bool adds>
-__global__ void normalize_kernel(const T* x, const T* residual, T* y, Norm<compute_t<T>> norm,
-                                 Pass pass, Activation act, compute_t<T> slope) {
+__global__ void __launch_bounds__(kThreads, 2)
+    normalize_kernel(const T* x, const T* residual, T* y, Norm<compute_t<T>> norm, Pass pass,
+                     Activation act, compute_t<T> slope) {
   using A = compute_t<T>;
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;

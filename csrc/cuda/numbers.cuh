@@ -73,7 +73,7 @@ DEVICE_INLINE void store(T* to, const compute_t<T> (&values)[n]) {
     } else {
       std::memcpy(bytes.words, values, sizeof(bytes));
     }
-    *reinterpret_cast<Bytes16*>(to) = bytes;
+    store_16(to, bytes);
   }
 }
 

@@ -64,7 +64,7 @@ DEVICE_INLINE void blend(const Vectors& vectors, int v, int64_t i, double moment
   write<A>(vectors.running[v], vectors.dtype[v], i, now * keep + batch * scale * move);
 }
 
-__global__ void update_kernel(Vectors vectors, double momentum) {
+__global__ void __launch_bounds__(kThreads, 2) update_kernel(Vectors vectors, double momentum) {
   const int v = static_cast<int>(blockIdx.y);
   if (v == vectors.count) {
     const int i = static_cast<int>(threadIdx.x);

@@ -20,9 +20,10 @@ namespace resnet_fused::cuda {
 namespace {
 
 template <class T, int n, int size>
-__global__ void pooled_sums_kernel(const T* grad, const uint8_t* positions, const T* z,
-                                   PoolShape shape, Norm<compute_t<T>> norm, Activation act,
-                                   compute_t<T> slope, Pass pass, double* partial) {
+__global__ void __launch_bounds__(kThreads, 2)
+    pooled_sums_kernel(const T* grad, const uint8_t* positions, const T* z, PoolShape shape,
+                       Norm<compute_t<T>> norm, Activation act, compute_t<T> slope, Pass pass,
+                       double* partial) {
   using A = compute_t<T>;
   const Place<n, false> place(pass);
   A mean[n], scale[n], bias[n], sums[n] = {}, products[n] = {};

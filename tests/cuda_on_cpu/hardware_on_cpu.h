@@ -196,6 +196,11 @@ inline Bytes16 load_once(const void* from, Site site = Site::here()) {
   return *static_cast<const Bytes16*>(from);
 }
 
+inline void store_16(void* to, const Bytes16& bytes, Site site = Site::here()) {
+  check_aligned(to, 16, "store_16", site);
+  *static_cast<Bytes16*>(to) = bytes;
+}
+
 inline Pair load_pair(const float* from, Site site = Site::here()) {
   check_aligned(from, 8, "load_pair", site);
   return {from[0], from[1]};
