@@ -7,6 +7,7 @@ cancel; poisoned outputs; the same bits each time; offsets past 2**31.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from test_functional import (
     noise,
     plain_scale_shift,
 )
-from tolerance import assert_function_parity, assert_same_layout
+from tolerance import assert_all_parity, assert_function_parity, assert_same_layout, to_double
 from torch import Tensor
+
+from resnet_fused.backends import reference
 
 pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
 
@@ -42,7 +45,7 @@ SHAPES = {
     "one channel": (6, 1, 9, 7),
     "three channels": (2, 3, 8, 8),
     "many rows": (3, 4, 33, 41),
-    "several steps": (2, 64, 40, 34),
+    "several blocks": (1, 64, 24, 22),
 }
 
 
@@ -273,6 +276,25 @@ def test_the_same_bits_each_time(layout: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(540_899, 1), (1, 1, 737, 735)], ids=str)
+def test_more_than_one_step(shape: tuple[int, ...]) -> None:
+    """Enough that threads go on to further units, of which the last are not there."""
+    x = (noise(*shape) + 1.0).to(DEVICE)
+    tested, plain = bn_functions("relu")
+    _, mean, var = assert_function_parity(tested, plain, x, None, None, None)
+    options = (None, None, 1e-5, "relu", 0.0, False)
+    wide = to_double([x, mean, var])
+    rows = [
+        backward(t, t, None, None, *statistics, *options)
+        for backward, (t, *statistics) in (
+            (operators().bn_act_backward, (x, mean, var)),
+            (reference.bn_act_backward, (x, mean, var)),
+            (reference.bn_act_backward, wide),
+        )
+    ]
+    assert_all_parity(*([r[i] for i in (0, 2, 3)] for r in rows))
+
+
 # --- past 2**31 elements ----------------------------------------------------------------------
 
 MANY = 2**31 + 2**12
@@ -292,3 +314,51 @@ def test_more_than_int32_elements_on_a_gpu(layout: str) -> None:
     y = operators().scale_shift_act(x, var, mean, None, "relu", 0.0)
     assert torch.allclose(y[-1].float(), torch.relu(x[-1].float()), atol=1e-2)
     assert torch.allclose(y[0].float(), torch.relu(x[0].float()), atol=1e-2)
+
+
+@pytest.fixture
+def only_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Runs one block of every grid from now on, and leaves memory that nobody touches unreal."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    yield lambda block: operators()._only_blocks(block, block + 1)
+    operators()._only_blocks(0, -1)
+
+
+def huge(layout: str, channels: int) -> Tensor:
+    """A tensor of MANY elements without content, but for the last channels of the last pixel."""
+    memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    shape = (MANY // (64 * channels), channels, 8, 8)
+    x = torch.empty(shape, dtype=torch.float16, memory_format=memory)
+    x[-1, :8, -1, -1] = 3.0
+    return x
+
+
+@pytest.mark.skipif(HAS_GPU, reason="probes single blocks in the emulator")
+@pytest.mark.parametrize(
+    ("layout", "channels"), [("nhwc", 64), ("nhwc", 17), ("nchw", 64), ("nchw", MANY // 64)]
+)
+def test_offsets_past_int32(layout: str, channels: int, only_blocks: Callable[[int], None]) -> None:
+    """These passes begin at the end: the first block is the one to look at."""
+    x = huge(layout, channels)
+    scale, shift = torch.full((channels,), 2.0), torch.full((channels,), 1.0)
+    only_blocks(0)
+    y = operators().scale_shift_act(x, scale, shift, x, "relu", 0.0)
+    assert torch.equal(y[-1, :1, -1, -1], torch.tensor([10.0]).half())
+    del y
+    zero = 0 * shift
+    dx = operators().bn_act_backward_input(
+        x, x, zero, shift, scale, shift, zero, zero, 0.0, "relu", 0.0, 1
+    )
+    assert torch.equal(dx[-1, :1, -1, -1], torch.tensor([6.0]).half())
+    del dx
+    # Sums go forward. Which of the first channels' blocks comes to the end?
+    lanes = {"nhwc": 8 if channels % 8 == 0 else 32, "nchw": 1}[layout]
+    slabs = -(-channels // (lanes * (8 if channels % 8 == 0 and layout == "nhwc" else 1)))
+    chunks = max(528 // slabs, 1)
+    units = x.numel() // channels // (8 if layout == "nchw" else 1)
+    rows = 256 // lanes
+    only_blocks((units - 1) // rows % chunks * slabs)
+    gx, _, _ = operators().bn_act_backward_sums(
+        x, x, None, None, zero, shift, scale, shift, 0.0, "none", 0.0, True
+    )
+    assert torch.equal(gx[-1, :1, -1, -1], torch.tensor([3.0]).half())

@@ -58,8 +58,11 @@ DEVICE_INLINE compute_t<T> origin_of(const T* x, const Extent& extent, int64_t c
   return origin - origin == A(0) ? origin : A(0);  // not where it is NaN or infinite
 }
 
+// `origins` are of all channels.
 template <class T, int n, bool planes>
-__global__ void statistics_kernel(const T* x, Extent extent, Pass pass, double* partial) {
+__global__ void __launch_bounds__(kThreads, 2)
+    statistics_kernel(const T* x, Extent extent, Pass pass, double* partial,
+                      compute_t<T>* origins) {
   using A = compute_t<T>;
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;
@@ -70,6 +73,7 @@ __global__ void statistics_kernel(const T* x, Extent extent, Pass pass, double* 
       [&] {
         stage_channels<A, 1>(pass, place, [&](int64_t channel, A(&numbers)[1]) {
           numbers[0] = origin_of(x, extent, channel);
+          if (static_cast<int>(blockIdx.x) < pass.slabs) origins[channel] = numbers[0];
         });
         staged<A>(pass, place, 0, origin);
       },
@@ -87,17 +91,17 @@ __global__ void statistics_kernel(const T* x, Extent extent, Pass pass, double* 
   write_sums<A>(pass, place, sums, squares, partial);
 }
 
-template <class T>
+// `mean` is the origins at first.
+template <class A>
 __global__ void combine_statistics_kernel(const double* partial, int chunks, int64_t channels,
-                                          const T* x, Extent extent, compute_t<T>* mean,
-                                          compute_t<T>* var) {
-  using A = compute_t<T>;
-  int64_t channel;
+                                          int64_t count, A* mean, A* var) {
+  const int64_t channel = combined_channel();
+  const A origin = channel < channels ? mean[channel] : A(0);  // under way beside the sums
   double sum, square;
-  if (!combine_sums(partial, chunks, channels, channel, sum, square)) return;
-  const double count = static_cast<double>(extent.outer * extent.inner), rest = sum / count;
-  const double spread = square / count - rest * rest;
-  mean[channel] = static_cast<A>(origin_of(x, extent, channel) + rest);
+  if (!combine_sums(partial, chunks, channels, sum, square)) return;
+  const double rest = sum / static_cast<double>(count);
+  const double spread = square / static_cast<double>(count) - rest * rest;
+  mean[channel] = static_cast<A>(origin + rest);
   var[channel] = static_cast<A>(spread < 0 ? 0 : spread);
 }
 
@@ -117,11 +121,12 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& input) {
     using A = compute_t<T>;
     const Pass pass = make_pass(shape, n, planes, kUnroll, kReducingBlocks);
     const PartialSums sums(pass, input);
-    const T* const data = static_cast<const T*>(x.const_data_ptr());
+    A* const means = static_cast<A*>(mean.mutable_data_ptr());
     device.launch(op, statistics_kernel<T, n, planes>, dim3(pass.blocks()), dim3(kThreads),
-                  PartialSums::bytes(planes ? 1 : n), data, shape, pass, sums.data());
-    sums.launch(device, op, combine_statistics_kernel<T>, data, shape,
-                static_cast<A*>(mean.mutable_data_ptr()), static_cast<A*>(var.mutable_data_ptr()));
+                  PartialSums::bytes(planes ? 1 : n), static_cast<const T*>(x.const_data_ptr()),
+                  shape, pass, sums.data(), means);
+    sums.launch(device, op, combine_statistics_kernel<A>, shape.outer * shape.inner, means,
+                static_cast<A*>(var.mutable_data_ptr()));
   });
   return {mean, var};
 }

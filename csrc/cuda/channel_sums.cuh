@@ -50,14 +50,19 @@ DEVICE_INLINE void write_sums(const Pass& pass, const Place<n, planes>& place,
 
 constexpr int kCombinedLanes = 8;  // channels that a block combines
 
-// Both sums over all chunks for one of the block's channels; true in the one thread that has them.
-DEVICE_INLINE bool combine_sums(const double* partial, int chunks, int64_t channels,
-                                int64_t& channel, double& first, double& second) {
+// The channel that a thread combines, which may not exist.
+DEVICE_INLINE int64_t combined_channel() {
+  return static_cast<int64_t>(blockIdx.x) * kCombinedLanes + threadIdx.x % kCombinedLanes;
+}
+
+// Both sums over all chunks for that channel; true in the one thread that has them.
+DEVICE_INLINE bool combine_sums(const double* partial, int chunks, int64_t channels, double& first,
+                                double& second) {
   double* const shared = reinterpret_cast<double*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kCombinedLanes;
+  const int64_t channel = combined_channel();
   const int row = static_cast<int>(threadIdx.x) / kCombinedLanes;
   const int rows = static_cast<int>(blockDim.x) / kCombinedLanes;
-  channel = static_cast<int64_t>(blockIdx.x) * kCombinedLanes + lane;
   const bool active = channel < channels;
   first = second = 0;
   if (active) {

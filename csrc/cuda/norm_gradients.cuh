@@ -11,12 +11,12 @@ namespace {
 template <class A>
 __global__ void combine_gradients_kernel(const double* partial, int chunks, int64_t channels,
                                          Norm<A> norm, A* grad_weight, A* grad_bias) {
-  int64_t channel;
+  const int64_t channel = combined_channel();
+  const double var = channel < channels ? norm.var[channel] : A(0);  // under way beside the sums
   double sum, product;
-  if (!combine_sums(partial, chunks, channels, channel, sum, product)) return;
-  const double var = static_cast<double>(norm.var[channel]) + static_cast<double>(norm.eps);
+  if (!combine_sums(partial, chunks, channels, sum, product)) return;
   grad_bias[channel] = static_cast<A>(sum);
-  grad_weight[channel] = static_cast<A>(product / std::sqrt(var));
+  grad_weight[channel] = static_cast<A>(product / std::sqrt(var + static_cast<double>(norm.eps)));
 }
 
 }  // namespace
