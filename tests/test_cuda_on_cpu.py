@@ -54,6 +54,7 @@ PLANTED: dict[str, dict[str, set[str]]] = {
         "fragment_index": ALL,
         "no_sync_warp": ALL,
         "unguarded_tile": {"asan"},
+        "misaligned_store": ALL,
         "one_stage_only": ALL,
         "one_group_too_few": ALL,
         "no_last_wait": ALL,
@@ -67,6 +68,7 @@ PLANTED: dict[str, dict[str, set[str]]] = {
         "no_init_done": ALL,
         "no_barrier_after_init": ALL,
         "stores_without_fence": {"watch"},
+        "copy_over_stores": {"watch"},
         "fence_before_wait": ALL,
         "no_wait_for_weights": ALL,
         "no_fence_async": ALL,
@@ -214,6 +216,11 @@ def test_a_ring_of_bulk_copies(ops: Any, order: str, polls: bool):
     out = torch.empty_like(x)
     ops.ring(x, out, polls)
     assert torch.equal(out, x)
+
+
+def test_polling_in_vain_ends(ops: Any, order: str):
+    with pytest.raises(RuntimeError, match=r"deadlock: 64 threads.*wrapper_kernels.cu:\d+"):
+        ops.poll_in_vain()
 
 
 def test_ldmatrix(ops: Any, order: str):

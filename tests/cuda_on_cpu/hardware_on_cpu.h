@@ -201,6 +201,17 @@ inline void store_16(void* to, const Bytes16& bytes, Site site = Site::here()) {
   *static_cast<Bytes16*>(to) = bytes;
 }
 
+template <class T>
+uint32_t clamp(uint32_t both, uint32_t low, uint32_t high, T) {
+  const Pair x = unpair(both, T()), from = unpair(low, T()), to = unpair(high, T());
+  const auto one = [](float v, float least, float most) {
+    if (v != v) return v;
+    const float up = v > least ? v : least;
+    return up < most ? up : most;
+  };
+  return pair(one(x.first, from.first, to.first), one(x.second, from.second, to.second), T());
+}
+
 inline Pair load_pair(const float* from, Site site = Site::here()) {
   check_aligned(from, 8, "load_pair", site);
   return {from[0], from[1]};

@@ -108,10 +108,7 @@ Thread* next() {
   for (;;) {
     if (!block.error.empty()) return nullptr;
     int rank = ready.take();
-    if (rank >= 0) {
-      vain_rounds = 0;
-      return by_rank[rank];
-    }
+    if (rank >= 0) return by_rank[rank];
     if (block.alive == 0) return nullptr;
     const bool delivers = copies_under_way();
     if (delivers) deliver_one();
@@ -152,6 +149,7 @@ void go_on() {
   finish_products(self);
   self.finished = true;
   --block.alive;
+  vain_rounds = 0;
   go_on();
   __builtin_unreachable();
 }
@@ -207,6 +205,7 @@ void wait_for(const char* what, Site site) {
 }
 
 void wake(Thread& thread) {
+  vain_rounds = 0;
   ready.add(thread.rank);
 }
 

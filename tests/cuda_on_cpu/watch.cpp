@@ -6,7 +6,8 @@
 //     reads, with no barrier between that tells the one of the other,
 //   - to touch what an asynchronous copy writes before its wait, or to write what a wgmma reads,
 //   - to read shared memory that nobody has written,
-//   - for wgmma, to read what a thread wrote and did not fence_async before the barrier,
+//   - for wgmma to read, or for a bulk copy to write, what a thread wrote and did not fence_async
+//     before the barrier,
 //   - to read or write global memory that another thread of the grid has written.
 //
 // Each thread has a vector of clocks: how far it knows all others; barriers join them. Each byte
@@ -271,12 +272,25 @@ void copy_done(const Copy& copy) {
   for (uint32_t i = start; i < start + copy.bytes; ++i) cell(i).written = clocks[self()][self()];
 }
 
+namespace {
+
+// What is done by asynchronous hardware with a byte that a thread wrote.
+void check_fence(const Cell& it, uint32_t offset, const char* verb, Site site) {
+  if (it.writer < 0 || it.writer >= first_barrier) return;
+  if (fences[self()][it.writer] >= it.written) return;
+  fail(site, verb, " byte ", offset, " of shared memory, which ", name_of(it.writer), " wrote (",
+       place(it.write), ") with no fence_async and barrier after it");
+}
+
+}  // namespace
+
 void bulk_started(const Copy& copy, uint32_t barrier) {
   const uint32_t start = shared_offset(copy.to);
   const int agent = messages_of(barrier).agent;
   for (uint32_t i = start; i < start + copy.bytes; ++i) {
     Cell& it = cell(i);
     check_write(it, i, "copies to", copy.site);
+    check_fence(it, i, "bulk_copy to", copy.site);
     written(it, agent, kPending, copy.site);
   }
 }
@@ -299,13 +313,10 @@ void read_by_ldmatrix(uint32_t offset, uint32_t bytes, Site site) {
 }
 
 void product_checked(uint32_t offset, uint32_t bytes, Site site) {
-  const int me = self();
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     const Cell& it = cell(i);
     check_read(it, i, site);
-    if (it.writer >= first_barrier || fences[me][it.writer] >= it.written) continue;
-    fail(site, "wgmma reads byte ", i, " of shared memory, which ", name_of(it.writer), " wrote (",
-         place(it.write), ") with no fence_async and barrier after it");
+    check_fence(it, i, "wgmma reads", site);
   }
 }
 

@@ -204,6 +204,19 @@ void ring(const Tensor& x, const Tensor& out, bool polls) {
         data<unsigned char>(out), static_cast<int>(x.numel() / 1024), polls);
 }
 
+// An mbarrier at which nobody arrives.
+__global__ void poll_in_vain_kernel() {
+  Mbarrier* const barrier = reinterpret_cast<Mbarrier*>(shared_memory());
+  if (threadIdx.x == 0) mbarrier_init(barrier, 1);
+  sync_block();
+  while (!mbarrier_ready(barrier, 0)) {
+  }
+}
+
+void poll_in_vain() {
+  start(poll_in_vain_kernel, dim3(1), dim3(64), sizeof(Mbarrier));
+}
+
 // --- matrices -------------------------------------------------------------------------------
 
 // The four 8x8 matrices of x [32][8] as registers [lane][4].
@@ -304,8 +317,12 @@ STABLE_TORCH_LIBRARY(cuda_on_cpu_test, m) {
   m.def("numbers(Tensor x, Tensor(a!) singles, Tensor(b!) pairs, Tensor(c!) back) -> ()");
   m.def("copies(Tensor x, Tensor(a!) out, int threads) -> ()");
   m.def("ring(Tensor x, Tensor(a!) out, bool polls) -> ()");
+  m.def("poll_in_vain() -> ()");
   m.def("ldmatrix(Tensor x, Tensor(a!) plain, Tensor(b!) transposed) -> ()");
   m.def("multiply(Tensor a, Tensor b, Tensor(a!) d) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CompositeExplicitAutograd, m) {
+  m.impl("poll_in_vain", TORCH_BOX(&resnet_fused::cuda::poll_in_vain));
 }
 STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CPU, m) {
   m.impl("indices", TORCH_BOX(&resnet_fused::cuda::indices));

@@ -79,7 +79,9 @@ struct ConvMma {
     const int pixel = lane / 2, y = y0 + warp * 2 + pixel / 8, x = x0 + pixel % 8;
     const bool inside = y < a.height && x < a.width;
     if (!inside && !(planted("unguarded_tile") && x < a.width)) return;
-    *reinterpret_cast<Bytes16*>(a.y + (int64_t{y} * a.width + x) * kOutputs + lane % 2 * 8) =
+    bfloat16* to = a.y + (int64_t{y} * a.width + x) * kOutputs + lane % 2 * 8;
+    if (planted("misaligned_store")) to += 2;
+    *reinterpret_cast<Bytes16*>(to) =
         *reinterpret_cast<const Bytes16*>(own + pixel * kPitch + lane % 2 * 16);
   }
 };

@@ -42,6 +42,7 @@ struct ConvWgmma {
         mbarrier_init(empty(i), planted("count_of_empty") ? 5 : 4);
       }
       if (!planted("no_init_done")) mbarrier_init_done();
+      if (planted("copy_over_stores")) *planes(0) = 0;
     }
     if (!planted("no_barrier_after_init")) sync_block();
   }
