@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py setup_cuda.py pyproject.toml $(wildcard csrc/common/* csrc/cpu/*)
 CUDA_SOURCES := setup_cuda.py $(wildcard csrc/common/* csrc/cuda/*)
-STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) \
+STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh examples/*/*.cpp) \
 	$(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.h *.cu */*.cu */*.cuh */*.h))
 RESULTS := benchmarks/results
 CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
@@ -98,11 +98,11 @@ BUDGET ?= 240
 TEST_SECONDS ?= 150
 OUT ?= $(RESULTS)
 GPU_ENV := RESNET_FUSED_NO_NATIVE=1 RESNET_FUSED_CACHE_DIR=$(CURDIR)/build/gpu_cache
-# The most valuable first: networks, then operators by kernel, then what a CPU can show as well.
+# The most valuable first: networks, then kernels, then what a CPU can show as well.
 GPU_TESTS := tests/test_triton_gpu.py \
-	$(filter-out tests/test_cuda_gate.py tests/test_cuda_on_cpu%,$(wildcard tests/test_cuda_*.py)) \
-	$(addprefix tests/test_, triton_ops.py triton_train.py triton_models.py capture.py \
-	triton_tune.py gpu_choice.py)
+	$(filter-out %gate.py %on_cpu.py %build.py,$(wildcard tests/test_cuda_*.py)) \
+	$(addprefix tests/test_, triton_ops.py triton_train.py triton_models.py cuda_build.py \
+	capture.py triton_tune.py gpu_choice.py)
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 		|| { echo "make gpu: torch of $(PYTHON) sees no CUDA GPU; nothing to run"; exit 0; } \
