@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [&] {
         stage_channels<A, 3>(pass, place, [&](int64_t channel, A(&numbers)[3]) {
-          numbers[0] = norm.mean_of(channel);
-          numbers[1] = norm.scale_of(channel, norm.rstd_of(channel));
-          numbers[2] = norm.bias_of(channel);
+          const ChannelNorm<A> c = norm.of(channel);
+          numbers[0] = c.mean, numbers[1] = c.scale, numbers[2] = c.bias;
         });
         staged<A>(pass, place, 0, mean);
         staged<A>(pass, place, 1, scale);
@@ -102,12 +101,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [&] {
         stage_channels<A, 5>(pass, place, [&](int64_t channel, A(&numbers)[5]) {
-          const A rstd = norm.rstd_of(channel);
-          numbers[0] = norm.mean_of(channel);
-          numbers[1] = norm.scale_of(channel, rstd);
-          numbers[2] = norm.bias_of(channel);
-          numbers[3] = grad_bias[channel] / count;
-          numbers[4] = grad_weight[channel] / count * rstd;
+          const A sum = grad_bias[channel], product = grad_weight[channel];
+          const ChannelNorm<A> c = norm.of(channel);
+          numbers[0] = c.mean, numbers[1] = c.scale, numbers[2] = c.bias;
+          numbers[3] = sum / count;
+          numbers[4] = product / count * c.rstd;
         });
         staged<A>(pass, place, 0, mean);
         staged<A>(pass, place, 1, scale);

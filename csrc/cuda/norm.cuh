@@ -15,6 +15,11 @@ namespace resnet_fused::cuda {
 
 using OptionalTensor = std::optional<Tensor>;
 
+template <class A>
+struct ChannelNorm {
+  A mean, scale, bias, rstd;
+};
+
 // Pointers to a number for each channel; where there is none, mean is 0, 1 / sqrt(var + eps) and
 // weight are 1 and bias is 0.
 template <class A>
@@ -25,14 +30,14 @@ struct Norm {
   const A* bias;
   A eps;
 
-  DEVICE_INLINE A mean_of(int64_t channel) const { return mean ? mean[channel] : A(0); }
-  DEVICE_INLINE A rstd_of(int64_t channel) const {
-    return var ? A(1) / std::sqrt(var[channel] + eps) : A(1);
+  // All is loaded before anything is used: a block waits for it once.
+  DEVICE_INLINE ChannelNorm<A> of(int64_t channel) const {
+    ChannelNorm<A> c{mean ? mean[channel] : A(0), weight ? weight[channel] : A(1),
+                     bias ? bias[channel] : A(0), var ? var[channel] + eps : A(1)};
+    c.rstd = A(1) / std::sqrt(c.rstd);
+    c.scale *= c.rstd;
+    return c;
   }
-  DEVICE_INLINE A scale_of(int64_t channel, A rstd) const {
-    return weight ? rstd * weight[channel] : rstd;
-  }
-  DEVICE_INLINE A bias_of(int64_t channel) const { return bias ? bias[channel] : A(0); }
 };
 
 template <class A>

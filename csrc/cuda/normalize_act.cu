@@ -37,9 +37,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [&] {
         stage_channels<A, 3>(pass, place, [&](int64_t channel, A(&numbers)[3]) {
-          numbers[0] = norm.mean_of(channel);
-          numbers[1] = norm.scale_of(channel, norm.rstd_of(channel));
-          numbers[2] = norm.bias_of(channel);
+          const ChannelNorm<A> c = norm.of(channel);
+          numbers[0] = c.mean, numbers[1] = c.scale, numbers[2] = c.bias;
         });
         staged<A>(pass, place, 0, mean);
         staged<A>(pass, place, 1, scale);
