@@ -1,4 +1,4 @@
-"""The convolutions of csrc/cuda by themselves: every kernel over shapes that end in the middle of tiles.
+"""The convolutions of csrc/cuda by themselves, over shapes that end in the middle of tiles.
 
 On a GPU the operator of the library, without one the same kernels compiled for the CPU
 (cuda_on_cpu/), in which a thread is a fiber. Compared with PyTorch's convolution and the formula

@@ -21,16 +21,12 @@ constexpr int kChunk = 64;         // channels that are multiplied at once,
 constexpr int kPlanes = 8;         // in planes of
 constexpr int kPlaneChannels = 8;  // channels, 16 bytes
 
-// Piecewise linear activations: x < 0 becomes 0 or x * slope, x > limit becomes limit.
+// Piecewise linear activations: x < 0 becomes x * slope if `leaky`; then between low and high, each
+// twice in a word in the output's dtype, where comparing is as exact as before rounding.
 struct Clamp {
-  bool drops_negative;
-  float slope, limit;
-
-  DEVICE_INLINE float operator()(float x) const {
-    const float low = drops_negative ? 0.0f : x * slope;
-    const float y = x < 0.0f ? low : x;
-    return y > limit ? limit : y;
-  }
+  bool leaky;
+  float slope;
+  uint32_t low, high;
 };
 
 // y = act(sum * scale + shift + residual)
@@ -62,6 +58,27 @@ struct ConvArguments {
     return column_tile * columns / block_out * block_in;
   }
 };
+
+// Copies a thread's plane of `places` places from `first` on to `to`, by `warps` warps: each finds
+// 32 pixels, one a lane, and copies four at a time, eight lanes for the 128 bytes of each.
+// `channel` is the plane's first, which is there if `valid`.
+template <int warps, class T>
+DEVICE_INLINE void copy_places(const ConvArguments<T>& a, const Phase& phase, int first, int places,
+                               int channel, bool valid, int warp, int lane, unsigned char* to) {
+  const T* const from = a.input + channel;
+  for (int begin = warp * 32; begin < places; begin += warps * 32) {
+    const int mine = begin + lane < places ? a.geometry.pixel(first + begin + lane, phase) : -1;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int place = begin + 4 * i + lane / 8, pixel = shuffle(mine, 4 * i + lane / 8);
+      const bool there = valid && pixel >= 0;
+      if (place < places)
+        cp_async_16(to + place * 16,
+                    there ? from + static_cast<int64_t>(pixel) * a.geometry.channels : a.input,
+                    there);
+    }
+  }
+}
 
 // Bytes from plane to plane for so many places: 16 more than a multiple of 128, so that the 8
 // planes' 16 bytes of one place, which are written together, lie in different banks.

@@ -7,7 +7,6 @@
 // and one pass (_finish_conv_).
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -32,13 +31,15 @@ struct Call {
   Clamp act;
 };
 
-Clamp clamp_of(const std::string& name, double slope) {
-  const float infinity = std::numeric_limits<float>::infinity();
+Clamp clamp_of(const std::string& name, double slope, ScalarType dtype) {
+  const bool in_half = dtype == ScalarType::Half;  // else bfloat16; twice their bits, by IEEE 754
+  const uint32_t infinity = in_half ? 0x7c007c00u : 0x7f807f80u;
+  const uint32_t less = infinity | 0x80008000u, six = in_half ? 0x46004600u : 0x40c040c0u;
   switch (parse_activation(op, name)) {
-    case Activation::none: return {false, 1.0f, infinity};
-    case Activation::relu: return {true, 0.0f, infinity};
-    case Activation::relu6: return {true, 0.0f, 6.0f};
-    case Activation::leaky_relu: return {false, static_cast<float>(slope), infinity};
+    case Activation::none: return {false, 0.0f, less, infinity};
+    case Activation::relu: return {false, 0.0f, 0, infinity};
+    case Activation::relu6: return {false, 0.0f, 0, six};
+    case Activation::leaky_relu: return {true, static_cast<float>(slope), less, infinity};
     default: break;
   }
   check(false, op, ": act must be none, relu, relu6 or leaky_relu, got '", name, "'");
@@ -121,7 +122,9 @@ void run_wgmma(const Call& call) {
   a.resident = blocks <= fit;
   check(a.resident || !alternate, op, ": the algorithm has no room for all weights, ", blocks,
         " blocks");
-  a.weight_slots = a.resident ? blocks : std::min(fit, 8);
+  // One tap a stage needs as many slots of the one as of the other, nine of them more for weights.
+  const int few = a.geometry.taps == 1 ? kMostInputSlots : 8;
+  a.weight_slots = a.resident ? blocks : std::min(fit, few);
   const int left = room - a.weight_slots * weight_bytes;
   a.input_slots = least;
   while (2 * a.input_slots * Kernel::kRings <= kMostInputSlots &&
@@ -263,7 +266,7 @@ Tensor cuda_conv(const Tensor& input, const Tensor& weights, const std::optional
             residual,
             o,
             static_cast<int>(groups),
-            clamp_of(act, negative_slope)};
+            clamp_of(act, negative_slope, dtype)};
   if (residual) {
     check_like(op, "residual", *residual, output);
     call.residual = aligned(dense(*residual, MemoryFormat::ChannelsLast));

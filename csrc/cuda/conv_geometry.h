@@ -64,15 +64,15 @@ struct ConvGeometry {
   bool bare;  // places are pixels, of the input and of the output
 
   // The input pixel at a place, n * H * W + y * W + x, or -1.
-  DEVICE_INLINE int64_t pixel(int place, const Phase& p) const {
+  DEVICE_INLINE int pixel(int place, const Phase& p) const {
     if (bare) return place < places ? place : -1;
     if (place < 0) return -1;
-    const uint32_t n = by_image(place), within = place - n * by_image.divisor;
-    const uint32_t row = by_pitch(within), column = within - row * by_pitch.divisor;
-    const int y = static_cast<int>(row) * stride_h + p.row;
-    const int x = static_cast<int>(column) * stride_w + p.column;
-    if (static_cast<int>(n) >= images || y >= height || x >= width) return -1;
-    return (static_cast<int64_t>(n) * height + y) * width + x;
+    const int n = static_cast<int>(by_image(place));
+    const int within = place - n * static_cast<int>(by_image.divisor);
+    const int row = static_cast<int>(by_pitch(within));
+    const int y = row * stride_h + p.row;
+    const int x = (within - row * pitch) * stride_w + p.column;
+    return n < images && y < height && x < width ? (n * height + y) * width + x : -1;
   }
 
   // The same for the output.

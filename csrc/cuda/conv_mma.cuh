@@ -55,15 +55,12 @@ struct ConvMma {
     const ConvGeometry& g = a.geometry;
     const int thread = threadIdx.x;
     if (step.first_of_stage(g)) {
-      const int plane = thread % kPlanes, places = kMmaRows + g.span;
+      const int lane = thread % 32, plane = lane % kPlanes;
       const int within = step.chunk * kChunk + plane * kPlaneChannels;
-      const T* const from = a.input + a.first_channel(column_tile, columns) + within;
-      unsigned char* const to = inputs + (step.stage_slot * kPlanes + plane) * a.plane;
-      for (int i = thread / kPlanes; i < places; i += kMmaThreads / kPlanes) {
-        const int64_t pixel = g.pixel(first_place + g.least_shift + i, g.phase[step.phase]);
-        const bool valid = pixel >= 0 && within < a.block_in;
-        cp_async_16(to + i * 16, valid ? from + pixel * g.channels : a.input, valid);
-      }
+      copy_places<kMmaThreads / 32>(
+          a, g.phase[step.phase], first_place + g.least_shift, kMmaRows + g.span,
+          a.first_channel(column_tile, columns) + within, within < a.block_in, thread / 32, lane,
+          inputs + (step.stage_slot * kPlanes + plane) * a.plane);
     }
     const int64_t block =
         (int64_t{column_tile} * a.chunks + step.chunk) * g.taps + g.tap[step.tap].weight;
@@ -140,22 +137,24 @@ struct ConvMma {
 
   DEVICE_INLINE void store(const float (&acc)[2][4 * kBlocks], int row, int column,
                            int lane) const {
-    const Epilogue<T> epilogue{a.out, column_tile * columns + column, lane % 4};
-    int64_t pixel[2][2];
+    const Epilogue<T> epilogue(a.out, column_tile * columns + column, lane);
+    int64_t place[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        pixel[m][j] = a.geometry.out_pixel(int64_t{first_place} + row + m * 16 + lane / 4 + j * 8);
+      for (int j = 0; j < 2; ++j) {
+        const int64_t at = int64_t{first_place} + row + m * 16 + lane / 4 + j * 8;
+        place[m][j] = epilogue.place(a.geometry.out_pixel(at));
+      }
     }
 #pragma unroll
     for (int block = 0; block < columns / 2 / 32; ++block) {
-      Pair scale[4], shift[4];
+      float scale[8], shift[8];
       epilogue.vectors(block, scale, shift);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) epilogue.row(acc[m], 2 * j, pixel[m][j], block, scale, shift);
+        for (int j = 0; j < 2; ++j) epilogue.row(acc[m], 2 * j, place[m][j], block, scale, shift);
       }
     }
   }

@@ -98,7 +98,7 @@ struct ConvWgmma {
 
   DEVICE_INLINE void load_inputs(int thread) const {
     const ConvGeometry& g = a.geometry;
-    const int plane = thread % kPlanes, places = kRows + g.span;
+    const int lane = thread % 32, warp = thread / 32, plane = lane % kPlanes;
     unsigned char* const column = inputs + plane * a.plane;
     Stages<kRings> turn{a.input_slots, a.chunks * g.phases}, told = turn;
     int untold = 0;  // slots whose copies are under way
@@ -123,14 +123,8 @@ struct ConvWgmma {
             while (untold > 0) tell();
           }
           mbarrier_wait(empty, free);
-          unsigned char* const to = column + turn.slot() * kPlanes * a.plane;
-#pragma unroll 4
-          for (int i = thread / kPlanes; i < places; i += kInputThreads / kPlanes) {
-            const int64_t pixel = g.pixel(first + i, g.phase[phase]);
-            const bool valid = pixel >= 0 && within < a.block_in;
-            const T* const from = valid ? a.input + pixel * g.channels + base + within : a.input;
-            cp_async_16(to + i * 16, from, valid);
-          }
+          copy_places<3>(a, g.phase[phase], first, kRows + g.span, base + within,
+                         within < a.block_in, warp, lane, column + turn.slot() * kPlanes * a.plane);
           cp_async_commit();
           turn.next();
           if (++untold > 2) {
@@ -235,21 +229,22 @@ struct ConvWgmma {
     const int column_tile = static_cast<int>(tile % a.column_tiles);
     const int64_t row =
         tile / a.column_tiles * kRows + first_row + thread / 32 * 16 + thread % 32 / 4;
-    int64_t pixel[parts][2];
+    const Epilogue<T> epilogue(a.out, column_tile * columns, thread);
+    int64_t place[parts][2];
 #pragma unroll
     for (int h = 0; h < parts; ++h) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) pixel[h][j] = a.geometry.out_pixel(row + h * 64 + j * 8);
+      for (int j = 0; j < 2; ++j)
+        place[h][j] = epilogue.place(a.geometry.out_pixel(row + h * 64 + j * 8));
     }
-    const Epilogue<T> epilogue{a.out, column_tile * columns, thread % 4};
 #pragma unroll
     for (int block = 0; block < columns / 32; ++block) {
-      Pair scale[4], shift[4];
+      float scale[8], shift[8];
       epilogue.vectors(block, scale, shift);
 #pragma unroll
       for (int h = 0; h < parts; ++h) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) epilogue.row(acc[h], 2 * j, pixel[h][j], block, scale, shift);
+        for (int j = 0; j < 2; ++j) epilogue.row(acc[h], 2 * j, place[h][j], block, scale, shift);
       }
     }
   }
@@ -263,14 +258,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   conv.init();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
-    give_registers<72>();
+    give_registers<88>();
     if (threadIdx.x < kInputThreads) {
       conv.load_inputs(threadIdx.x);
     } else if (threadIdx.x == kInputThreads) {
       conv.load_weights();
     }
   } else {
-    take_registers<216>();
+    take_registers<208>();
     conv.multiply(warpgroup - 1);
   }
 #endif

@@ -142,6 +142,19 @@ DEVICE_INLINE uint32_t pair(float first, float second, bfloat16) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+// Both between those of `low` and `high`; NaN stays, and -0 becomes the 0 of a bound, as in
+// PyTorch's relu on a GPU.
+DEVICE_INLINE uint32_t clamp(uint32_t both, uint32_t low, uint32_t high, half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(both) : "r"(low));
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(both) : "r"(high));
+  return both;
+}
+DEVICE_INLINE uint32_t clamp(uint32_t both, uint32_t low, uint32_t high, bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(both) : "r"(low));
+  asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(both) : "r"(high));
+  return both;
+}
+
 struct Pair {
   float first, second;
 };

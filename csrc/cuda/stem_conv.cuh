@@ -111,15 +111,23 @@ struct StemConv {
   }
 
  private:
-  // The tile of the image from row y0 and column x0 on, zeros outside.
+  // The tile of the image from row y0 and column x0 on, zeros outside: a warp takes a line.
   DEVICE_INLINE void load(T* tile, const T* image, int y0, int x0) const {
     constexpr int kNumbers = kPixels * channels;
-    for (int i = threadIdx.x; i < kLines * kNumbers; i += kStemThreads) {
-      const int line = i / kNumbers, number = i % kNumbers;
-      const int y = y0 + line, x = x0 + number / channels;
-      const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
-      tile[line * kPitch + number] =
-          inside ? image[(int64_t{y} * a.width + x0) * channels + number] : rounded<T>(0.0f);
+    const int lane = threadIdx.x % 32;
+    const int begin = x0 < 0 ? -x0 * channels : 0, end = (a.width - x0) * channels;
+#pragma unroll 2
+    for (int line = threadIdx.x / 32; line < kLines; line += kStemThreads / 32) {
+      const int y = y0 + line;
+      const bool inside = y >= 0 && y < a.height;
+      const T* const from = image + (int64_t{y} * a.width + x0) * channels;
+#pragma unroll
+      for (int i = 0; i < kNumbers; i += 32) {
+        const int number = i + lane;
+        if (number < kNumbers)
+          tile[line * kPitch + number] =
+              inside && number >= begin && number < end ? from[number] : rounded<T>(0.0f);
+      }
     }
   }
 
@@ -138,10 +146,10 @@ struct StemConv {
 
   DEVICE_INLINE void store(const float (&acc)[kStemLines][kStemColumns / 2], int64_t image, int y0,
                            int x0, int lane) const {
-    const Epilogue<T> epilogue{a.out, static_cast<int>(blockIdx.y) * kStemColumns, lane % 4};
+    const Epilogue<T> epilogue(a.out, static_cast<int>(blockIdx.y) * kStemColumns, lane);
 #pragma unroll
     for (int block = 0; block < kStemColumns / 32; ++block) {
-      Pair scale[4], shift[4];
+      float scale[8], shift[8];
       epilogue.vectors(block, scale, shift);
 #pragma unroll
       for (int m = 0; m < kStemLines; ++m) {
@@ -150,7 +158,7 @@ struct StemConv {
           const int y = y0 + m, x = x0 + lane / 4 + 8 * j;
           const bool inside = y < a.out_height && x < a.out_width;
           const int64_t pixel = inside ? (image * a.out_height + y) * a.out_width + x : -1;
-          epilogue.row(acc[m], 2 * j, pixel, block, scale, shift);
+          epilogue.row(acc[m], 2 * j, epilogue.place(pixel), block, scale, shift);
         }
       }
     }

@@ -1,4 +1,4 @@
-"""The convolutions of csrc/cuda/conv_bn_act.cu: which problems they take, and weights as they read them.
+"""The convolutions of csrc/cuda/conv_bn_act.cu: what they take, and weights as they read them.
 
 An algorithm's name says the kernel and its tile, output pixels by output channels. Weights are
 packed as the tiles lie in shared memory: 64 input channels of one tap at a time, 8 of them together.
@@ -183,8 +183,16 @@ def pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
             rows = torch.arange(outputs, device=weight.device)
             rows = rows[rows // per_group % block == place]
             whole[rows, place * channels : (place + 1) * channels] = flat[rows]
-    cut = whole.view(tiles, chosen.columns, chunks, _PLANE, _PLANE, taps)
+    cut = _interleaved(whole).view(tiles, chosen.columns, chunks, _PLANE, _PLANE, taps)
     return cut.permute(0, 2, 5, 3, 1, 4).contiguous()
+
+
+def _interleaved(outputs: Tensor) -> Tensor:
+    """Output channels in the order of a tile's columns: of 32, column 8 i + 2 q + e is channel
+    8 q + 2 i + e. So a thread's accumulators are eight neighbours (csrc/cuda/conv_epilogue.cuh).
+    """
+    rest = outputs.shape[1:]
+    return outputs.reshape(-1, 4, 4, 2, *rest).transpose(1, 2).reshape(-1, *rest)
 
 
 def _pack_stem(weight: Tensor) -> Tensor:
@@ -197,5 +205,7 @@ def _pack_stem(weight: Tensor) -> Tensor:
     lines[:outputs, :, :line] = weight.permute(0, 2, 3, 1).reshape(outputs, height, line)
     products = weight.new_zeros(tiles * _STEM_COLUMNS, steps * 16)
     products[:, : height * eights * 8] = lines.reshape(tiles * _STEM_COLUMNS, -1)
-    cut = products.view(tiles, 8, 8, steps, 2, 4, 2)  # tile, n, g, step, word, q, number
+    cut = _interleaved(products).view(
+        tiles, 8, 8, steps, 2, 4, 2
+    )  # tile, n, g, step, word, q, number
     return cut.permute(0, 3, 1, 2, 5, 4, 6).contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused import tuning_cache
 from resnet_fused.api import fuse
+from resnet_fused.backends import cuda_conv
 from resnet_fused.backends.triton import configs, support
 from resnet_fused.conv_choice import LIBRARY, ConvProblem
 from resnet_fused.graph.observe import conv_inputs
@@ -217,6 +218,10 @@ class _Data:
 
 
 def _inference(name: str, d: _Data) -> Call:
+    if name in cuda_conv.BY_NAME:
+        stride, padding, dilation, groups = d.geometry
+        packed = cuda_conv.Packed.of(d.weight, groups, name)
+        return partial(packed, d.x, d.scale, d.shift, None, stride, padding, dilation, "relu", 0.0)
     return partial(
         gpu.run_conv, name, d.x, d.weight, d.scale, d.shift, None, *d.geometry, "relu", 0.0
     )
