@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import checks, packing
-from resnet_fused.backends import native_conv, onednn
-from resnet_fused.backends.triton import support
+from resnet_fused.backends import gpu_kernels, native_conv, onednn
 from resnet_fused.graph.analyse import Candidate, analyse
 from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
@@ -168,12 +167,13 @@ def _backend(model: nn.Module, candidate: Candidate, seen: Mapping[str, Observed
         return "reference"
     passes = "reference" if native_unusable(tensor) else "native"
     if tensor.is_cuda:
-        passes = "eager PyTorch" if support.unusable(tensor) else "triton"
+        kernels = "native" if gpu_kernels.compiled(tensor) else "triton"
+        passes = "eager PyTorch" if gpu_kernels.unusable(tensor) else kernels
     if not candidate.pattern.startswith("conv"):
         return passes
-    if tensor.is_cuda and passes == "triton":
+    if tensor.is_cuda and passes in ("native", "triton"):
         algorithm = _gpu_algorithm(first, seen.get(candidate.modules[0]))
-        return f"eval: {algorithm}; training: library conv + triton, or what was measured"
+        return f"eval: {algorithm}; training: library conv + {passes}, or what was measured"
     if tensor.device.type == "cpu" and onednn.unusable(tensor.dtype) is None:
         algorithm = _algorithm(first, seen.get(candidate.modules[0]))
         own = native_conv.unusable(tensor.dtype) is None

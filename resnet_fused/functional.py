@@ -227,6 +227,8 @@ def bn_act(
 
 
 def _by(backend: str) -> contextlib.AbstractContextManager[None]:
+    if backend == "native":
+        return gpu.no_triton()
     return gpu.only_triton() if backend == "triton" else contextlib.nullcontext()
 
 

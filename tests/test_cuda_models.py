@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels
 from cuda_place import COMPILED, compiled_gpu
 from test_functional import noise
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from train_case import results, smooth
 
 from resnet_fused import functional, fuse
-from resnet_fused.backends import native_cuda, reference
+from resnet_fused.backends import native, native_cuda, reference
 from resnet_fused.backends.triton import support
+from resnet_fused.backends.triton.configs import CONFIGS
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 from resnet_fused.modules.batch_norm import update_all_running_statistics
 from resnet_fused.modules.max_pool import MaxPool
-from resnet_fused.ops import gpu
+from resnet_fused.ops import gpu, gpu_choice
 
 pytestmark = [
     needs_cuda_kernels,
@@ -190,6 +192,18 @@ def test_a_named_triton_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         y.sum().backward()
         assert calls == (["bn_act", "scale_shift_act", "bn_act_backward"] * (backend == "triton"))
         calls.clear()
+
+
+def test_a_named_compiled_code_runs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though Triton's tiles were measured to be faster for the convolution."""
+    monkeypatch.setattr(gpu_choice, "choose", lambda *args: CONFIGS[0].name)
+    monkeypatch.setattr(gpu, "kernels", lambda file: pytest.fail(f"Triton runs {file}"))
+    x = noise(2, 8, 5, 5).to(DEVICE, memory_format=torch.channels_last)
+    weight, shift = noise(8, 8, 3, 3, seed=1).to(DEVICE), torch.ones(8, device=DEVICE)
+    if not HAS_GPU:
+        monkeypatch.setattr(native, "reason", None)
+    y = functional.conv_bn_act(x, weight, None, shift, act="relu", backend="native")
+    torch.testing.assert_close(y, torch.relu(F.conv2d(x, weight) + 1))
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")

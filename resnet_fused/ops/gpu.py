@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.backends import cuda_conv, gpu_kernels, native_cuda, reference
 from resnet_fused.backends.triton import configs, support
+from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.schema import (
     NAMESPACE,
@@ -150,6 +151,8 @@ def conv_bn_act(
     if gpu_kernels.unusable(input) is not None:
         return reference.conv_bn_act(*tensors, *geometry, act, negative_slope)
     name = gpu_choice.choose("inference", input, weight, *geometry)
+    if name in configs.BY_NAME and _triton_is_left_out.get():
+        name = LIBRARY
     return run_conv(name, *tensors, *geometry, act, negative_slope)
 
 
@@ -200,6 +203,7 @@ for _name, _function in implementations().items():
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{_name}", "CUDA"):
         _library.impl(_name, _function, "CUDA")
 
+_triton_is_left_out: ContextVar[bool] = ContextVar("triton_is_left_out", default=False)
 _compiled_is_left_out: ContextVar[bool] = ContextVar("compiled_is_left_out", default=False)
 _finish_compiled = torch.ops.resnet_fused._finish_conv_.default
 
@@ -224,6 +228,16 @@ def only_triton() -> Iterator[None]:
             yield
     finally:
         _compiled_is_left_out.reset(token)
+
+
+@contextlib.contextmanager
+def no_triton() -> Iterator[None]:
+    """In here nothing is Triton's: for who names compiled code as the backend."""
+    token = _triton_is_left_out.set(True)
+    try:
+        yield
+    finally:
+        _triton_is_left_out.reset(token)
 
 
 def leaves_out_compiled() -> bool:
