@@ -113,7 +113,6 @@ struct StemConv {
  private:
   // The tile of the image from row y0 and column x0 on, zeros outside: a warp takes a line.
   DEVICE_INLINE void load(T* tile, const T* image, int y0, int x0) const {
-    constexpr int kNumbers = kPixels * channels;
     const int lane = threadIdx.x % 32;
     const int begin = x0 < 0 ? -x0 * channels : 0, end = (a.width - x0) * channels;
 #pragma unroll 2
@@ -122,9 +121,9 @@ struct StemConv {
       const bool inside = y >= 0 && y < a.height;
       const T* const from = image + (int64_t{y} * a.width + x0) * channels;
 #pragma unroll
-      for (int i = 0; i < kNumbers; i += 32) {
+      for (int i = 0; i < kPitch; i += 32) {  // what is read and cut off is written, too
         const int number = i + lane;
-        if (number < kNumbers)
+        if (number < kPitch)
           tile[line * kPitch + number] =
               inside && number >= begin && number < end ? from[number] : rounded<T>(0.0f);
       }

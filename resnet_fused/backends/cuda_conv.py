@@ -1,7 +1,8 @@
 """The convolutions of csrc/cuda/conv_bn_act.cu: what they take, and weights as they read them.
 
 An algorithm's name says the kernel and its tile, output pixels by output channels. Weights are
-packed as the tiles lie in shared memory: 64 input channels of one tap at a time, 8 of them together.
+packed as the tiles lie in shared memory: 64 input channels of one tap at a time, 8 of them
+together.
 """
 
 from __future__ import annotations
