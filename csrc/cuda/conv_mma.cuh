@@ -137,6 +137,10 @@ struct ConvMma {
 
   DEVICE_INLINE void store(const float (&acc)[2][4 * kBlocks], int row, int column,
                            int lane) const {
+    // Where the tile is, told anew: kept during the products, it would be spilled.
+    const int block_index = shuffle(static_cast<int>(blockIdx.x), 0);
+    const int column_tile = block_index % a.column_tiles;
+    const int first_place = block_index / a.column_tiles * kMmaRows;
     const Epilogue<T> epilogue(a.out, column_tile * columns + column, lane);
     int64_t place[2][2];
 #pragma unroll
