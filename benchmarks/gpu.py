@@ -33,12 +33,13 @@ from resnet_fused import benchmark, cli, tuning_cache
 from resnet_fused.benchmark import Result
 from resnet_fused.benchmark.case import one_line
 from resnet_fused.benchmark.gpu_algorithms import tune
+from resnet_fused.benchmark.tuned import Tuned
 from resnet_fused.ops import gpu_choice
 
 _DEVICE = torch.device("cuda")
 _MODEL, _BATCH_SIZE, _DTYPE = "resnet50", 256, "bf16"  # of the tables
 _TUNE_REPEATS = 5
-_TUNING_SHARES = {"inference": 0.1, "training": 0.2}  # of the budget, for a case
+_TUNING_SHARES = {"inference": 0.2, "training": 0.1}  # of the budget, for a case
 
 
 def gpu(args: argparse.Namespace) -> int:
@@ -99,6 +100,7 @@ class Run:
     def everything(self, planned: list[Planned]) -> int:
         """Measure, in the order of value; returns how many cases there was no time for."""
         self.part("ceilings", self.ceilings)
+        self.use_choices()
         left = self.cases([p for p in planned if p.untuned])
         planned = [p for p in planned if not p.untuned]
         if not self.args.no_tune:
@@ -134,12 +136,18 @@ class Run:
         return {dtype: asdict(c) for dtype, c in found.items()}
 
     def tune(self, planned: list[Planned]) -> list[dict[str, Any]]:
-        """Choose the fastest algorithms for these cases; goes on where an earlier run stopped."""
+        """Choose the fastest algorithms for these cases; goes on where an earlier run stopped.
+
+        Each problem is in the file as soon as it is done: a kernel that breaks the GPU's context
+        takes nothing with it.
+        """
         data = self.record.data
-        rows = [row for row in data.get("tuned") or [] if isinstance(row, dict)]
-        machine = gpu_choice.machine(0)
-        tuning_cache.update(machine, {row["problem"]: row["chosen"] for row in rows})
-        gpu_choice.forget_measured()
+        rows = self.use_choices()
+
+        def keep(tuned: Tuned) -> None:
+            rows.append(asdict(tuned))
+            self.record.put("tuned", rows)
+
         for entry in self.not_tuned(planned):
             if time.monotonic() >= self.deadline:
                 break
@@ -149,15 +157,28 @@ class Run:
             model = model.to(case.torch_dtype, memory_format=torch.channels_last)
             images = images.to(_DEVICE, case.torch_dtype, memory_format=torch.channels_last)
             limit_s = self.args.budget * _TUNING_SHARES[case.mode]
-            with benchmark.ProgressBar() as progress:
-                found = tune(
-                    model, images, repeats=_TUNE_REPEATS, progress=progress,
-                    training=case.mode == "training", limit_s=limit_s,
-                    known={row["problem"] for row in rows},
-                )  # fmt: skip
-            rows += map(asdict, found)
+            try:
+                with benchmark.ProgressBar() as progress:
+                    tune(
+                        model, images, repeats=_TUNE_REPEATS, progress=progress,
+                        training=case.mode == "training", limit_s=limit_s,
+                        known={row["problem"] for row in rows}, keep=keep,
+                    )  # fmt: skip
+            except Exception as error:
+                print(f"tuning {entry.name}: {one_line(error)}", flush=True)
+                break
             if time.monotonic() - begin < limit_s:
                 self.record.put("tuned_cases", [*data.get("tuned_cases", []), entry.name])
+        self.use_choices()
+        return rows
+
+    def use_choices(self) -> list[dict[str, Any]]:
+        """What the file has chosen holds from now on."""
+        rows = [row for row in self.record.data.get("tuned") or [] if isinstance(row, dict)]
+        if rows:
+            chosen = {row["problem"]: row["chosen"] for row in rows}
+            tuning_cache.update(gpu_choice.machine(0), chosen)
+            gpu_choice.forget_measured()
         return rows
 
     def not_tuned(self, planned: list[Planned]) -> list[Planned]:

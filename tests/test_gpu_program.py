@@ -210,6 +210,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(gpu_cases, "measure_case", measured)
     monkeypatch.setattr(gpu_layers, "measure_operator", table)
     monkeypatch.setattr(gpu.Run, "tune", tune)
+    monkeypatch.setattr(gpu.Run, "use_choices", lambda self: [])
     return asked
 
 

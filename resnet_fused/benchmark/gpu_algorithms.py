@@ -43,6 +43,7 @@ def tune(
     training: bool = False,
     limit_s: float = math.inf,
     known: Collection[str] = (),
+    keep: Callable[[Tuned], None] = lambda tuned: None,
 ) -> list[Tuned]:
     """Time everything that may run each distinct convolution of a model, and keep the fastest.
 
@@ -58,6 +59,7 @@ def tune(
         limit_s: no further problem is begun after so many seconds; those with the most
             multiplications come first.
         known: keys of problems that are left out, as they were tuned before.
+        keep: told each problem as soon as it is timed.
 
     Raises:
         BenchmarkError: Triton's kernels cannot run here.
@@ -83,6 +85,7 @@ def tune(
         chosen = min(taken, key=lambda name: taken[name])
         key = gpu_choice.key(kind, problem, images.dtype)
         results.append(Tuned(key, tuple(layers), LIBRARY, chosen, taken))
+        keep(results[-1])
     progress(len(asked), len(asked), "done")
     machine = gpu_choice.machine(images.get_device())
     tuning_cache.update(machine, {t.problem: t.chosen for t in results})
