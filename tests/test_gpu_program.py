@@ -85,6 +85,17 @@ def results(planned: Planned) -> list[Result]:
     return [result(planned, v, 10.0 / (i + 1)) for i, v in enumerate(planned.variants)]
 
 
+def test_autotuning_is_quiet_in_its_case_only() -> None:
+    from torch._inductor import config
+
+    before = config.autotune_num_choices_displayed, config.max_autotune_report_choices_stats
+    with gpu_cases.quiet_autotuning():
+        assert config.autotune_num_choices_displayed == 0
+        assert not config.max_autotune_report_choices_stats
+    after = config.autotune_num_choices_displayed, config.max_autotune_report_choices_stats
+    assert after == before
+
+
 def test_a_second_run_goes_on(tmp_path: Path) -> None:
     planned = gpu_cases.planned_cases()[:4]
     path = tmp_path / "results.json"
