@@ -21,7 +21,8 @@ from resnet_fused.ops import gpu, gpu_choice
 COMPILED = (
     "scale_shift_act", "_finish_conv_", "normalize_act", "batch_statistics", "bn_act",
     "bn_act_backward", "bn_act_backward_sums", "bn_act_backward_input", "_max_pool2d",
-    "_train_pool", "_train_pool_sums", "_max_unpool", "_update_running_statistics",
+    "_train_pool", "_train_pool_sums", "_train_pool_input", "_max_unpool",
+    "_update_running_statistics",
 )  # fmt: skip
 """Operators of the compiled library that other backends have as well."""
 

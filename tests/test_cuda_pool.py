@@ -134,6 +134,19 @@ def test_pool_of_an_activation(dtype: torch.dtype, act: str, window: str) -> Non
             found = reference.bn_act_backward_sums(spread, z, *none, *vectors, EPS, act, 0.1, False)
             return found[1:]
 
+        def plain_input(z: Tensor, spread: Tensor, *vectors: Any, act: str = act) -> Tensor:
+            sums = [2.0 * vectors[2], 3.0 * vectors[3]]
+            return reference.bn_act_backward_input(spread, z, *vectors, *sums, EPS, act, 0.1, 77)
+
+        given = [2.0 * vectors[2], 3.0 * vectors[3]]
+        dz = operators()._train_pool_input(
+            grad, places, z, vectors, *given, *options, 77
+        )  # fmt: skip
+        wide64 = [t.double() for t in (z, spread, *vectors)]
+        eager = plain_input(z, spread.to(dtype), *vectors)
+        assert_all_parity([dz], [eager], [plain_input(*wide64)])
+        assert dz.is_contiguous(memory_format=torch.channels_last)
+
         exact = plain_sums(z.double(), spread.double(), *(v.double() for v in vectors))
         assert_all_parity(sums, plain_sums(z.to(wide), spread, *vectors), exact)
 

@@ -101,11 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       },
       [&] {
         stage_channels<A, 5>(pass, place, [&](int64_t channel, A(&numbers)[5]) {
-          const A sum = grad_bias[channel], product = grad_weight[channel];
-          const ChannelNorm<A> c = norm.of(channel);
-          numbers[0] = c.mean, numbers[1] = c.scale, numbers[2] = c.bias;
-          numbers[3] = sum / count;
-          numbers[4] = product / count * c.rstd;
+          input_numbers(norm, grad_weight, grad_bias, count, channel, numbers);
         });
         staged<A>(pass, place, 0, mean);
         staged<A>(pass, place, 1, scale);

@@ -83,27 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!place.active) return;
   for (int64_t unit = place.unit; unit < pass.units; unit += place.step) {
     const Pixel pixel = pixel_of(unit, shape.height, shape.width);
-    const Holders rows(shape, 0, shape.out_height, pixel.y);
-    const Holders columns(shape, 1, shape.out_width, pixel.x);
     A sums[n] = {};
-    for (int64_t i = rows.first; i <= rows.last; ++i) {
-      const int row = rows.place(i);
-      if (row < 0) continue;
-      for (int64_t j = columns.first; j <= columns.last; ++j) {
-        const int column = columns.place(j);
-        if (column < 0) continue;
-        const int wanted = row * static_cast<int>(shape.kernel[1]) + column;
-        const int64_t at =
-            ((pixel.image * shape.out_height + i) * shape.out_width + j) * shape.channels +
-            place.channel;
-        A g[n];
-        int found[n];
-        widen<T, n>(load<T, n>(grad + at), g);
-        read_places<n>(positions + at, found);
-#pragma unroll
-        for (int k = 0; k < n; ++k) sums[k] += found[k] == wanted ? g[k] : A(0);
-      }
-    }
+    gather<T, n>(grad, positions, shape, pixel, place.channel, sums);
     store<T, n>(grad_input + place.offset(pass, unit), sums);
   }
 }
@@ -146,6 +127,7 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
   for (const auto* pair : {&kernel_size, &stride, &padding, &dilation})
     window.insert(window.end(), pair->begin(), pair->end());
   const PoolShape shape = pool_shape(op, input, window);
+  check_sides(op, input, shape);
   Tensor output = empty_output(input, shape, input.scalar_type());
   if (output.numel() == 0) return output;
   pool<false, false>(op, dense(input, MemoryFormat::ChannelsLast), output, nullptr, shape,
@@ -159,6 +141,7 @@ std::tuple<Tensor, Tensor> train_pool(const Tensor& input, const std::vector<Ten
   constexpr const char* op = "_train_pool";
   const Activation activation = parse_activation(op, act);
   const PoolShape shape = positions_shape(op, input, window);
+  check_sides(op, input, shape);
   const NormVectors norm = norm_vectors(op, input, vectors, eps);
   check(!vectors.empty() || activation == Activation::none, op,
         ": vectors must be mean, var, weight and bias beside an activation, got none");
@@ -176,6 +159,7 @@ Tensor max_unpool(const Tensor& grad, const Tensor& positions, const Tensor& inp
                   const std::vector<int64_t>& window) {
   constexpr const char* op = "_max_unpool";
   const PoolShape shape = positions_shape(op, input, window);
+  check_sides(op, input, shape);
   check_pooled(op, grad, positions, input, shape);
   Tensor result = empty(input.sizes(), MemoryFormat::ChannelsLast, input.scalar_type(), input);
   if (result.numel() == 0) return result;

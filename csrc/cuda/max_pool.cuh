@@ -13,8 +13,10 @@ struct Pixel {
 };
 
 DEVICE_INLINE Pixel pixel_of(int64_t number, int64_t height, int64_t width) {
-  const int64_t line = quotient(number, width), image = quotient(line, height);
-  return {image, static_cast<int>(line - image * height), static_cast<int>(number - line * width)};
+  const uint32_t n = static_cast<uint32_t>(number), w = static_cast<uint32_t>(width);
+  const uint32_t line = n / w, image = line / static_cast<uint32_t>(height);
+  return {image, static_cast<int>(line - image * static_cast<uint32_t>(height)),
+          static_cast<int>(n - line * w)};
 }
 
 // For the pixels of an output's window that are inside the image, load(i, offset) and use(i,
@@ -55,21 +57,23 @@ constexpr int kLoaded = size == 3 ? 9 : 1;
 // The windows along one side that hold a pixel: from `first` to `last`, whose place in window w is
 // place(w), negative for one between two dilated pixels.
 struct Holders {
-  int64_t first, last;
-  int64_t behind, stride, dilation;
+  int first, last;
+  int behind, stride, dilation;
 
-  DEVICE_INLINE Holders(const PoolShape& s, int side, int64_t windows, int64_t pixel)
-      : behind(pixel + s.padding[side]), stride(s.stride[side]), dilation(s.dilation[side]) {
-    const int64_t before = behind - dilation * (s.kernel[side] - 1);
-    first = before > 0 ? quotient(before + stride - 1, stride) : 0;
-    last = quotient(behind, stride);
-    if (last >= windows) last = windows - 1;
+  DEVICE_INLINE Holders(const PoolShape& s, int side, int64_t windows, int pixel)
+      : behind(pixel + static_cast<int>(s.padding[side])),
+        stride(static_cast<int>(s.stride[side])),
+        dilation(static_cast<int>(s.dilation[side])) {
+    const int before = behind - dilation * static_cast<int>(s.kernel[side] - 1);
+    first = before > 0 ? (before + stride - 1) / stride : 0;
+    last = behind / stride;
+    if (last >= windows) last = static_cast<int>(windows) - 1;
   }
-  DEVICE_INLINE int place(int64_t window) const {
-    const int64_t from_start = behind - window * stride;
-    if (dilation == 1) return static_cast<int>(from_start);
-    const int64_t turns = quotient(from_start, dilation);
-    return from_start == turns * dilation ? static_cast<int>(turns) : -1;
+  DEVICE_INLINE int place(int window) const {
+    const int from_start = behind - window * stride;
+    if (dilation == 1) return from_start;
+    const int turns = from_start / dilation;
+    return from_start == turns * dilation ? turns : -1;
   }
 };
 
@@ -92,6 +96,44 @@ DEVICE_INLINE void write_places(uint8_t* to, const int (&from)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) places.at[i] = static_cast<uint8_t>(from[i]);
   *reinterpret_cast<Places<n>*>(to) = places;
+}
+
+// Adds up what the windows that chose a pixel have, for the channels of a thread, in their order.
+template <class T, int n>
+DEVICE_INLINE void gather(const T* grad, const uint8_t* positions, const PoolShape& s,
+                          const Pixel& pixel, int64_t channel, compute_t<T> (&sums)[n]) {
+  const Holders rows(s, 0, s.out_height, pixel.y), columns(s, 1, s.out_width, pixel.x);
+  for (int i = rows.first; i <= rows.last; ++i) {
+    const int row = rows.place(i);
+    if (row < 0) continue;
+    for (int j = columns.first; j <= columns.last; ++j) {
+      const int column = columns.place(j);
+      if (column < 0) continue;
+      const int wanted = row * static_cast<int>(s.kernel[1]) + column;
+      const int64_t at =
+          ((pixel.image * s.out_height + i) * s.out_width + j) * s.channels + channel;
+      compute_t<T> g[n];
+      int found[n];
+      widen<T, n>(load<T, n>(grad + at), g);
+      read_places<n>(positions + at, found);
+#pragma unroll
+      for (int k = 0; k < n; ++k) sums[k] += found[k] == wanted ? g[k] : compute_t<T>(0);
+    }
+  }
+}
+
+// The kernels count pixels in 32 bits, and those of a side in 31.
+inline void check_sides(const char* op, const Tensor& input, const PoolShape& s) {
+  const int64_t pixels = std::max(s.height * s.width, s.out_height * s.out_width);
+  check(input.size(0) == 0 || pixels < (int64_t(1) << 32) / input.size(0), op,
+        ": input and output must have fewer than 2^32 pixels, got shape ",
+        shape_text(input.sizes()));
+  constexpr int64_t most = int64_t(1) << 29;
+  check(std::max(s.height, s.width) <= most, op, ": input has too many pixels in a row, got ",
+        s.height, " x ", s.width);
+  for (int i = 0; i < 2; ++i)
+    check(std::max({s.kernel[i], s.stride[i], s.dilation[i]}) <= most, op,
+          ": kernel_size, stride and dilation must be at most 2^29");
 }
 
 inline Extent pixels_of(const Tensor& images) {

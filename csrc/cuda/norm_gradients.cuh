@@ -1,10 +1,23 @@
-// What is left of a batch norm's backward sums when every block has written its own.
+// What both backward passes of a batch norm do for a channel: with the sums of the blocks, and from
+// the gradients of weight and bias.
 #pragma once
 
 #include "channel_sums.cuh"
 #include "norm.cuh"
 
 namespace resnet_fused::cuda {
+
+// What dx = scale * (g - numbers[3] - (x - mean) * numbers[4]) takes, after mean, scale and bias.
+template <class A>
+DEVICE_INLINE void input_numbers(const Norm<A>& norm, const A* grad_weight, const A* grad_bias,
+                                 A count, int64_t channel, A (&numbers)[5]) {
+  const A sum = grad_bias[channel], product = grad_weight[channel];
+  const ChannelNorm<A> c = norm.of(channel);
+  numbers[0] = c.mean, numbers[1] = c.scale, numbers[2] = c.bias;
+  numbers[3] = sum / count;
+  numbers[4] = product / count * c.rstd;
+}
+
 namespace {
 
 // The gradients of bias and weight from sum(g) and sum(g * (x - mean)).

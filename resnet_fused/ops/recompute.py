@@ -20,7 +20,7 @@ from resnet_fused.backends import native
 from resnet_fused.ops import max_pool, train_conv
 from resnet_fused.ops.first_derivative import first_derivative_only
 from resnet_fused.ops.schema import is_channels_last
-from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Sums
+from resnet_fused.ops.train_conv import Conv, Gradient, Normalised, Pooled, Sums
 
 _ops = torch.ops.resnet_fused
 
@@ -111,10 +111,11 @@ class BatchNormActMaxPool(torch.autograd.Function):
         z = normalisation[0]
         value = Normalised(*normalisation, *ctx.norm)
         if ctx.window:
-            places = (grad, indices, z)
-            sums = Sums(*_ops._train_pool_sums(*places, value.vectors(), *ctx.norm, ctx.window))
-            grad_a = _ops._max_unpool(*places, ctx.window)
-            return *_norm_grads(grad_a, value, sums), None, None
+            sums = Sums(
+                *_ops._train_pool_sums(grad, indices, z, value.vectors(), *ctx.norm, ctx.window)
+            )
+            pooled = Pooled(indices, ctx.window)
+            return *_norm_grads(grad, value, sums, pooled), None, None
         scatter = torch.ops.aten.max_pool2d_with_indices_backward
         if native.available and z.is_cpu and is_channels_last(z):
             # The largest gradient of the network: fresh memory would cost more than the scattering.
@@ -126,13 +127,13 @@ class BatchNormActMaxPool(torch.autograd.Function):
 
 
 def _norm_grads(
-    grad: Tensor, value: Normalised, sums: Sums | None
+    grad: Tensor, value: Normalised, sums: Sums | None, pooled: Pooled | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of z, weight and bias from that of act(bn(z))."""
+    """The gradients of z, weight and bias from that of act(bn(z)), or of its max-pool."""
     known = value.sums(grad, None, None, False) if sums is None else sums
     count = value.z.numel() // value.z.shape[1]
     return (
-        Gradient(grad, value, known, count).tensor(),
+        Gradient(grad, value, known, count, pooled).tensor(),
         None if value.weight is None else known.grad_weight,
         None if value.bias is None else known.grad_bias,
     )

@@ -112,6 +112,13 @@ _library.define(
     "str act, float negative_slope, int[] window) -> (Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# The gradient of its input from those; CUDA's alone.
+_library.define(
+    "_train_pool_input(Tensor grad, Tensor positions, Tensor input, Tensor[] vectors, "
+    "Tensor grad_weight, Tensor grad_bias, float eps, str act, float negative_slope, "
+    "int[] window, int count) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # The gradient of what was pooled; of `input` only shape and dtype are read.
 _library.define(
     "_max_unpool(Tensor grad, Tensor positions, Tensor input, int[] window) -> Tensor",
@@ -234,6 +241,11 @@ def _(input, vectors, eps, act, slope, window):
 def _(grad, positions, input, vectors, eps, act, slope, window):
     sums = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return sums, torch.empty_like(sums)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_train_pool_input", lib=_library)
+def _(grad, positions, input, vectors, grad_weight, grad_bias, eps, act, slope, window, count):
+    return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::_max_unpool", lib=_library)

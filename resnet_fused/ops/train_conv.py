@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import conv_choice, policy
-from resnet_fused.backends import native_conv, onednn
+from resnet_fused.backends import gpu_kernels, native_conv, onednn
 from resnet_fused.backends.triton import support
 from resnet_fused.conv_choice import LIBRARY, TrainingAlgorithms
 from resnet_fused.ops import gpu_choice, gpu_train
@@ -143,6 +143,12 @@ class Gradient(NamedTuple):
     def tensor(self) -> Tensor:
         """The gradient of z."""
         n = self.behind
+        if self.pooled is not None and gpu_kernels.compiled(n.z):
+            return _ops._train_pool_input(
+                self.grad, self.pooled.positions, n.z, n.vectors(), self.sums.grad_weight,
+                self.sums.grad_bias, n.eps, n.act, n.negative_slope, self.pooled.window,
+                self.values,
+            )  # fmt: skip
         grad = (
             self.grad
             if self.pooled is None

@@ -3,8 +3,8 @@
 The activation is the largest tensor of a residual network. Eager PyTorch keeps it, the
 convolution's output and the pool's int64 indices; this function keeps the convolution's output and
 one byte for each of the pool's, and computes the activation, and in backward its gradient, a few
-images at a time (``csrc/cpu/train_pool.cpp``). On a GPU the activation is never written either, its
-gradient is (``csrc/cuda/max_pool.cu``).
+images at a time (``csrc/cpu/train_pool.cpp``). On a GPU neither exists (``csrc/cuda/max_pool.cu``,
+``train_pool.cu``).
 """
 
 from __future__ import annotations
