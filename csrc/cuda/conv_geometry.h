@@ -76,14 +76,14 @@ struct ConvGeometry {
   }
 
   // The same for the output.
-  DEVICE_INLINE int64_t out_pixel(int64_t place) const {
+  DEVICE_INLINE int out_pixel(int64_t place) const {
     if (place >= places) return -1;
-    if (bare) return place;
-    const uint32_t n = by_image(static_cast<uint32_t>(place));
-    const uint32_t within = static_cast<uint32_t>(place) - n * by_image.divisor;
-    const uint32_t y = by_pitch(within), x = within - y * by_pitch.divisor;
-    if (static_cast<int>(y) >= out_height || static_cast<int>(x) >= out_width) return -1;
-    return (static_cast<int64_t>(n) * out_height + y) * out_width + x;
+    const int at = static_cast<int>(place);
+    if (bare) return at;
+    const int n = static_cast<int>(by_image(at));
+    const int within = at - n * static_cast<int>(by_image.divisor);
+    const int y = static_cast<int>(by_pitch(within)), x = within - y * pitch;
+    return y < out_height && x < out_width ? (n * out_height + y) * out_width + x : -1;
   }
 };
 

@@ -141,26 +141,16 @@ struct ConvMma {
     const int block_index = shuffle(static_cast<int>(blockIdx.x), 0);
     const int column_tile = block_index % a.column_tiles;
     const int first_place = block_index / a.column_tiles * kMmaRows;
-    const Epilogue<T> epilogue(a.out, column_tile * columns + column, lane);
-    int64_t place[2][2];
+    EpilogueRows<T, 2, columns / 2 / 32, false> rows(a.out, column_tile * columns + column, lane);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int64_t at = int64_t{first_place} + row + m * 16 + lane / 4 + j * 8;
-        place[m][j] = epilogue.place(a.geometry.out_pixel(at));
+        rows.pixel[m][j] = a.geometry.out_pixel(at);
       }
     }
-#pragma unroll
-    for (int block = 0; block < columns / 2 / 32; ++block) {
-      float scale[8], shift[8];
-      epilogue.vectors(block, scale, shift);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) epilogue.row(acc[m], 2 * j, place[m][j], block, scale, shift);
-      }
-    }
+    rows.store(acc);
   }
 };
 

@@ -173,6 +173,7 @@ struct ConvWgmma {
     const int64_t begin = blockIdx.x + (alternate ? half * static_cast<int64_t>(gridDim.x) : 0);
     Turn input(a.input_slots), weight(a.weight_slots);
     for (int64_t tile = begin; tile < a.tiles; tile += kRings * static_cast<int64_t>(gridDim.x)) {
+      Rows output = rows_of(tile, first_row, thread);
       float acc[parts][columns / 2] = {};
       Mbarrier* done_input = nullptr;  // to be told once the products under way are done
       Mbarrier* done_weight = nullptr;
@@ -214,7 +215,7 @@ struct ConvWgmma {
 #pragma unroll
       for (int h = 0; h < parts; ++h) wgmma_hold(acc[h]);
       if (thread == 0) release(done_input, done_weight);
-      store(acc, tile, first_row, thread);
+      output.store(acc);
     }
   }
 
@@ -224,29 +225,21 @@ struct ConvWgmma {
     if (weight != nullptr) mbarrier_arrive(weight);
   }
 
-  DEVICE_INLINE void store(const float (&acc)[parts][columns / 2], int64_t tile, int first_row,
-                           int thread) const {
+  using Rows = EpilogueRows<T, parts, columns / 32, (parts < 4)>;
+
+  // The rows of a tile that a thread writes, with what they begin with.
+  DEVICE_INLINE Rows rows_of(int64_t tile, int first_row, int thread) const {
     const int column_tile = static_cast<int>(tile % a.column_tiles);
     const int64_t row =
         tile / a.column_tiles * kRows + first_row + thread / 32 * 16 + thread % 32 / 4;
-    const Epilogue<T> epilogue(a.out, column_tile * columns, thread);
-    int64_t place[parts][2];
+    Rows rows(a.out, column_tile * columns, thread);
 #pragma unroll
     for (int h = 0; h < parts; ++h) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        place[h][j] = epilogue.place(a.geometry.out_pixel(row + h * 64 + j * 8));
+      for (int j = 0; j < 2; ++j) rows.pixel[h][j] = a.geometry.out_pixel(row + h * 64 + j * 8);
     }
-#pragma unroll
-    for (int block = 0; block < columns / 32; ++block) {
-      float scale[8], shift[8];
-      epilogue.vectors(block, scale, shift);
-#pragma unroll
-      for (int h = 0; h < parts; ++h) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) epilogue.row(acc[h], 2 * j, place[h][j], block, scale, shift);
-      }
-    }
+    rows.begin();
+    return rows;
   }
 };
 

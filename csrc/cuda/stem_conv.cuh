@@ -58,11 +58,10 @@ struct StemConv {
       cp_async_16(weights + i, from + i, true);
     cp_async_commit();
 
-    const int64_t tiles = int64_t{a.tiles_x} * a.tiles_y;
-    const int64_t image = blockIdx.x / tiles;
-    const int within = static_cast<int>(blockIdx.x % tiles);
+    const int tile_number = static_cast<int>(blockIdx.x), tiles = a.tiles_x * a.tiles_y;
+    const int image = tile_number / tiles, within = tile_number - image * tiles;
     const int y0 = within / a.tiles_x * kStemTile, x0 = within % a.tiles_x * kStemTile;
-    load(tile, a.input + image * a.height * a.width * channels, y0 * stride - a.padding_h,
+    load(tile, a.input + int64_t{image} * a.height * a.width * channels, y0 * stride - a.padding_h,
          x0 * stride - a.padding_w);
     cp_async_wait<0>();
     sync_block();
@@ -145,22 +144,19 @@ struct StemConv {
 
   DEVICE_INLINE void store(const float (&acc)[kStemLines][kStemColumns / 2], int64_t image, int y0,
                            int x0, int lane) const {
-    const Epilogue<T> epilogue(a.out, static_cast<int>(blockIdx.y) * kStemColumns, lane);
+    const int first_column = static_cast<int>(blockIdx.y) * kStemColumns;
+    EpilogueRows<T, kStemLines, kStemColumns / 32, false> rows(a.out, first_column, lane);
 #pragma unroll
-    for (int block = 0; block < kStemColumns / 32; ++block) {
-      float scale[8], shift[8];
-      epilogue.vectors(block, scale, shift);
+    for (int m = 0; m < kStemLines; ++m) {
 #pragma unroll
-      for (int m = 0; m < kStemLines; ++m) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int y = y0 + m, x = x0 + lane / 4 + 8 * j;
-          const bool inside = y < a.out_height && x < a.out_width;
-          const int64_t pixel = inside ? (image * a.out_height + y) * a.out_width + x : -1;
-          epilogue.row(acc[m], 2 * j, epilogue.place(pixel), block, scale, shift);
-        }
+      for (int j = 0; j < 2; ++j) {
+        const int y = y0 + m, x = x0 + lane / 4 + 8 * j;
+        const bool inside = y < a.out_height && x < a.out_width;
+        const int pixel = (image * a.out_height + y) * a.out_width + x;
+        rows.pixel[m][j] = inside ? pixel : -1;
       }
     }
+    rows.store(acc);
   }
 };
 
