@@ -95,7 +95,8 @@ def interleave(
 def recorded(call: Call, device: torch.device) -> Call:
     """`call` as a CUDA graph, which no Python slows down; itself where it cannot be one.
 
-    It must have run before, so that nothing is compiled or chosen while it is recorded.
+    It must have run before, so that nothing is compiled or chosen while it is recorded. Its tensors
+    live as long as what is returned: a graph reads them and keeps none.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -104,7 +105,11 @@ def recorded(call: Call, device: torch.device) -> Call:
     except RuntimeError:  # it waits for the GPU
         torch.cuda.synchronize(device)
         return call
-    return graph.replay
+
+    def replay(kept: Call = call) -> None:
+        graph.replay()
+
+    return replay
 
 
 def calls_a_sample(call_ms: float) -> int:
