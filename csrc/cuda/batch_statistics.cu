@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;
   A origin[own], sums[own] = {}, squares[own] = {};
-  Raw<T, n> raw[kUnroll];
-  for_units<kUnroll, n, planes, false>(
+  Raw<T, n> raw[2 * kUnroll];
+  for_units<kUnroll, n, planes, false, true>(
       pass, place, [&](int i, int64_t at) { raw[i] = load_stream<T, n>(x + at); },
       [&] {
         stage_channels<A, 1>(pass, place, [&](int64_t channel, A(&numbers)[1]) {

@@ -41,9 +41,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place<n, planes> place(pass);
   constexpr int own = Place<n, planes>::own;
   constexpr bool reads_beside = from != Beside::nothing;
+  // Of three tensors registers do not suffice for more, nor where activations branch.
+  constexpr bool kAhead = !reads_beside && kind != Act::any;
   A mean[own], scale[own], bias[own], sums[own] = {}, products[own] = {};
-  Raw<T, n> raw_grad[kUnroll], raw_x[kUnroll], raw_beside[kUnroll];
-  for_units<kUnroll, n, planes, false>(
+  Raw<T, n> raw_grad[2 * kUnroll], raw_x[2 * kUnroll], raw_beside[2 * kUnroll];
+  for_units<kUnroll, n, planes, false, kAhead>(
       pass, place,
       [&](int i, int64_t at) {
         raw_grad[i] = load_stream<T, n>(data.grad + at);
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int own = Place<n, planes>::own;
   A mean[own], scale[own], bias[own], mean_grad[own], tilt[own];
   Raw<T, n> raw_grad[kUnroll], raw_x[kUnroll];
-  for_units<kUnroll, n, planes, true>(
+  for_units<kUnroll, n, planes, true, false>(
       pass, place,
       [&](int i, int64_t at) {
         raw_grad[i] = load_stream<T, n>(grad + at);

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int own = Place<n, planes>::own;
   A mean[own], scale[own], bias[own];
   Raw<T, n> raw[kUnroll], other[kUnroll];
-  for_units<kUnroll, n, planes, true>(
+  for_units<kUnroll, n, planes, true, false>(
       pass, place,
       [&](int i, int64_t at) {
         raw[i] = load<T, n>(x + at);
