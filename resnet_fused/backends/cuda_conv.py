@@ -59,7 +59,7 @@ BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 
 
 def candidates(problem: ConvProblem, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
-    """The algorithms that can run a problem on a GPU of compute capability `arch`."""
+    """The algorithms that can run a problem by code for compute capability `arch`."""
     if not native_cuda.available or dtype not in (torch.float16, torch.bfloat16):
         return ()
     return tuple(a.name for a in ALGORITHMS if _takes(a, problem, arch))

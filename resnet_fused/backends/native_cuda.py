@@ -61,3 +61,16 @@ def architecture(device: int) -> int:
     if reason is not None:
         raise RuntimeError(f"the compiled CUDA kernels are not loaded: {reason}")
     return getattr(torch.ops, schema.NAMESPACE)._cuda_architecture(device)
+
+
+@functools.cache
+def code_for(capability: int) -> int:
+    """What runs on this machine's GPUs of a compute capability: the same, less, or 0 for nothing.
+
+    A library that was built for 8.0 alone runs on 9.0 as well, without what 9.0 has more.
+    """
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor == capability:
+            return 0 if unusable(device) is not None else min(architecture(device), capability)
+    return capability

@@ -82,7 +82,9 @@ def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) ->
         if min(problem.padding) < 0:
             return (LIBRARY,)
     found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))
-    compiled = cuda_conv.candidates(problem, dtype, arch) if kind == "inference" else ()
+    compiled: tuple[str, ...] = ()
+    if kind == "inference":
+        compiled = cuda_conv.candidates(problem, dtype, native_cuda.code_for(arch))
     return LIBRARY, *compiled, *(config.name for config in found)
 
 
