@@ -6,7 +6,8 @@
 //
 // Shared memory is dynamic only; shared_memory() is its start, aligned to 1024 bytes. Pointers into
 // it are ordinary ones. wgmma, TMA's bulk copies and mbarriers need compute capability 9.0
-// (RESNET_FUSED_SM90); the rest 8.0. By the PTX ISA, version 9.0; sections are named.
+// (RESNET_FUSED_SM90); the rest 8.0. By the PTX ISA, version 9.0; sections are named. The file is
+// long because wgmma names its accumulators one by one, and because it is to be the only one.
 #pragma once
 
 #ifndef __CUDACC__
