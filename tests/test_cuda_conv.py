@@ -139,6 +139,23 @@ def test_an_input_in_the_middle_of_another(monkeypatch: pytest.MonkeyPatch) -> N
         call.check(name, None, None, None, "none", 0.0)
 
 
+def test_vectors_and_weights_at_any_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("3x3", torch.bfloat16)
+    longer = [torch.cat([t[:1], t])[1:] for t in (call.scale, call.shift)]
+    strided = [torch.stack([t, t], 1)[:, 1] for t in (call.scale, call.shift)]
+    assert longer[0].data_ptr() % 8
+    for name in kernels("3x3", monkeypatch):
+        wanted = call.ours(name, call.scale, call.shift, None, "none", 0.0)
+        for vectors in (longer, strided):
+            assert torch.equal(call.ours(name, *vectors, None, "none", 0.0), wanted)
+    numbers = cuda_conv.pack(call.weight, 1, "mma_128x64").reshape(-1)
+    moved = torch.cat([numbers[:1], numbers])[1:]
+    y = operators()._cuda_conv(
+        call.x, moved, None, None, None, 64, [3, 3, 1, 1, 1, 1, 1, 1], 1, "none", 0.0, "mma_128x64"
+    )
+    assert torch.equal(y, call.ours("mma_128x64", None, None, None, "none", 0.0))
+
+
 def test_the_same_bits_always(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call("tiles", torch.bfloat16)
     for name in kernels("tiles", monkeypatch):

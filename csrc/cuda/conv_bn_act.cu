@@ -149,6 +149,7 @@ void run_mma(const Call& call) {
       a.input_slots * kPlanes * a.plane + a.weight_slots * ConvMma<T, columns>::kWeightBytes;
   check(bytes <= kSharedBytes, op, ": images of ", g.width,
         " columns are too wide for the algorithm");
+  check(a.tiles < int64_t{1} << 31, op, ": too many tiles, ", a.tiles);
   const OnDeviceOf device(call.input);
   device.launch(op, conv_mma_kernel<T, columns>, dim3(static_cast<unsigned>(a.tiles)),
                 dim3(kMmaThreads), bytes, a);
@@ -174,7 +175,8 @@ void run_stem_of(const Call& call) {
                      up(y.size(3), kStemTile),
                      up(y.size(2), kStemTile)};
   const int64_t blocks = int64_t{a.images} * a.tiles_x * a.tiles_y;
-  check(blocks < int64_t{1} << 31, op, ": too many pixels, input ", shape_text(x.sizes()));
+  check(blocks < int64_t{1} << 31 && tiles < 1 << 16, op, ": too many pixels or outputs, input ",
+        shape_text(x.sizes()));
   const OnDeviceOf device(x);
   device.launch(op, stem_conv_kernel<T, kernel, kernel, channels, stride>,
                 dim3(static_cast<unsigned>(blocks), tiles), dim3(kStemThreads),
@@ -254,15 +256,16 @@ Tensor cuda_conv(const Tensor& input, const Tensor& weights, const std::optional
         shape_text(input.sizes()));
   Tensor output = torch::stable::empty({size.data(), size.size()}, dtype, std::nullopt,
                                        input.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  for (const auto& [name, vector] : {std::pair{"scale", &scale}, std::pair{"shift", &shift}}) {
-    if (*vector) check_vector(op, name, **vector, output);
-    check(!*vector || (*vector)->is_contiguous(), op, ": ", name, " must be dense");
-  }
+  const auto vector = [&](const char* name, const std::optional<Tensor>& v) {
+    if (!v) return v;
+    check_vector(op, name, *v, output);
+    return std::optional<Tensor>(aligned(dense(*v, MemoryFormat::Contiguous)));
+  };
   Call call{aligned(input),
-            weights,
+            aligned(weights),
             output,
-            scale,
-            shift,
+            vector("scale", scale),
+            vector("shift", shift),
             residual,
             o,
             static_cast<int>(groups),
