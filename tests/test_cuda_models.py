@@ -17,13 +17,12 @@ from cuda_place import COMPILED, compiled_gpu
 from test_functional import noise
 from tolerance import assert_mean_parity, assert_parity, double_model
 from torch import Tensor, nn
-from train_case import results, smooth
+from train_case import results, small, smooth, trained
 
 from resnet_fused import functional, fuse
 from resnet_fused.backends import native, native_cuda, reference
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import CONFIGS
-from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 from resnet_fused.modules.batch_norm import update_all_running_statistics
 from resnet_fused.modules.max_pool import MaxPool
 from resnet_fused.ops import gpu, gpu_choice
@@ -53,20 +52,11 @@ class Stem(nn.Module):
 
 def block(kind: str, seed: int = 1) -> nn.Module:
     """With statistics that look trained."""
-    torch.manual_seed(seed)
-    make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
-    channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
-    options: dict[str, Any] = {}
-    if "down" in kind:
-        down = nn.Sequential(conv1x1(channels, outputs, stride=2), nn.BatchNorm2d(outputs))
-        options = {"stride": 2, "downsample": down}
-    module = Stem() if kind == "stem" else make(channels, planes, **options)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.2)
-            nn.init.normal_(m.running_mean, 0, 0.2)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    if kind == "stem":
+        torch.manual_seed(seed)
+        module = trained(Stem())
+    else:
+        module = small(kind, seed)
     return module.to(DEVICE, memory_format=torch.channels_last)
 
 

@@ -243,7 +243,7 @@ def test_mma(ops: Any, order: str, dtype: torch.dtype):
     assert torch.equal(d, before + a.float() @ b.float().T)
 
 
-@pytest.mark.parametrize("columns", [64, 128, 256])
+@pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_wgmma(ops: Any, order: str, columns: int, dtype: torch.dtype):
     a, b = torch.randint(-8, 9, (64, 80)).to(dtype), torch.randint(-8, 9, (columns, 80)).to(dtype)

@@ -15,14 +15,13 @@ from tolerance import assert_mean_parity, assert_parity, double_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_case import results, smooth
+from train_case import results, small, smooth
 from triton_case import DEVICE, chosen, gpus_place, launches, needs_kernels
 
 from resnet_fused import fuse, unfuse
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import Config
 from resnet_fused.benchmark.measure import saved_bytes
-from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 from resnet_fused.modules import conv_bn_act, conv_on_gpu
 from resnet_fused.modules.conv_bn_act import records_on_gpu
 
@@ -35,22 +34,7 @@ BY = pytest.mark.parametrize("by", ["library", SMALL], ids=["library", "triton"]
 
 
 def block(kind: str, seed: int = 1) -> nn.Module:
-    """A residual block small enough for the interpreter, with statistics that look trained."""
-    torch.manual_seed(seed)
-    make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
-    channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
-    options: dict[str, Any] = {}
-    if "down" in kind:
-        down = nn.Sequential(conv1x1(channels, outputs, stride=2), nn.BatchNorm2d(outputs))
-        options = {"stride": 2, "downsample": down}
-    module: nn.Module = make(channels, planes, **options)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.2)
-            nn.init.normal_(m.running_mean, 0, 0.2)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-    return module.to(DEVICE, memory_format=torch.channels_last)
+    return small(kind, seed).to(DEVICE, memory_format=torch.channels_last)
 
 
 def images(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:

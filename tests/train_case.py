@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models
+from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 
 
 def big(kind: str, **options: Any) -> nn.Module:
@@ -16,6 +17,33 @@ def big(kind: str, **options: Any) -> nn.Module:
     torch.manual_seed(1)
     builder = models.resnet18 if kind == "basic" else models.resnet50
     return builder(**options).layer2.train().to(memory_format=torch.channels_last)
+
+
+def small(kind: str, seed: int = 1) -> nn.Module:
+    """A residual block small enough for what acts a GPU, with statistics that look trained.
+
+    Args:
+        kind: "basic" or "bottleneck", with " down" behind it for stride 2 and a projection.
+    """
+    torch.manual_seed(seed)
+    make, planes = (BasicBlock, 16) if kind.startswith("basic") else (Bottleneck, 8)
+    channels, outputs = 32 if "down" in kind else planes * make.expansion, planes * make.expansion
+    options: dict[str, Any] = {}
+    if "down" in kind:
+        down = nn.Sequential(conv1x1(channels, outputs, stride=2), nn.BatchNorm2d(outputs))
+        options = {"stride": 2, "downsample": down}
+    return trained(make(channels, planes, **options))
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """The module, its batch norms as after training."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.2)
+            nn.init.normal_(m.running_mean, 0, 0.2)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return module
 
 
 def images(kind: str) -> Tensor:

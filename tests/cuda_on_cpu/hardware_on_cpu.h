@@ -273,7 +273,7 @@ void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat
 
 template <int n, class T>
 void wgmma(float (&d)[n], uint64_t a, uint64_t b, bool adds, T, Site site = Site::here()) {
-  static_assert(n == 32 || n == 64 || n == 128);
+  static_assert(n == 32 || n == 64);
   static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16>);
   wgmma_of(d, n, a, b, adds, std::is_same_v<T, bfloat16>, site);
 }

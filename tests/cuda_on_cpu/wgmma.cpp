@@ -16,7 +16,7 @@
 namespace resnet_fused::cuda::on_cpu {
 namespace {
 
-constexpr int kRows = 64, kDepth = 16, kMostColumns = 256;
+constexpr int kRows = 64, kDepth = 16, kMostColumns = 128;
 constexpr uint32_t kCoreBytes = 128;  // 8 rows of 8 numbers
 
 struct Product {
