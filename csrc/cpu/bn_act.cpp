@@ -12,11 +12,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../common/bn_act_halves.h"
 #include "batch_statistics.h"
 #include "bn_act_backward.h"
 #include "channel_vectors.h"
@@ -193,19 +193,6 @@ Tensor normalize_act_op(const Tensor& input, const OptionalTensor& residual, con
   return normalized(input, residual, vectors, activation, negative_slope);
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& input, const OptionalTensor& residual,
-                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                          double eps, const std::string& act,
-                                          double negative_slope) {
-  const auto [mean, var] = batch_statistics(input);
-  return {normalize_act_op(input, residual, mean, var, weight, bias, eps, act, negative_slope),
-          mean, var};
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_sums(
     const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
     const OptionalTensor& output, const Tensor& mean, const Tensor& var,
@@ -248,28 +235,16 @@ Tensor bn_act_backward_input_op(const Tensor& grad_output, const Tensor& input, 
                     negative_slope, count);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
-    const OptionalTensor& output, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const std::string& act,
-    double negative_slope, bool has_residual) {
-  const auto [grad_residual, grad_weight, grad_bias] =
-      bn_act_backward_sums(grad_output, input, residual, output, mean, var, weight, bias, eps, act,
-                           negative_slope, has_residual);
-  const int64_t channels = std::max<int64_t>(input.size(1), 1);
-  return {
-      bn_act_backward_input_op(has_residual ? grad_residual : grad_output, input, mean, var, weight,
-                               bias, grad_weight, grad_bias, eps, has_residual ? "none" : act,
-                               negative_slope, input.numel() / channels),
-      grad_residual, grad_weight, grad_bias};
-}
+constexpr auto bn_act = &bn_act_of_halves<&batch_statistics, &normalize_act_op>;
+constexpr auto bn_act_backward =
+    &bn_act_backward_of_halves<&bn_act_backward_sums, &bn_act_backward_input_op>;
 
 }  // namespace
 }  // namespace resnet_fused
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
-  m.impl("bn_act", TORCH_BOX(&resnet_fused::bn_act));
-  m.impl("bn_act_backward", TORCH_BOX(&resnet_fused::bn_act_backward));
+  m.impl("bn_act", TORCH_BOX(resnet_fused::bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(resnet_fused::bn_act_backward));
   m.impl("batch_statistics", TORCH_BOX(&resnet_fused::batch_statistics));
   m.impl("normalize_act", TORCH_BOX(&resnet_fused::normalize_act_op));
   m.impl("bn_act_backward_sums", TORCH_BOX(&resnet_fused::bn_act_backward_sums));

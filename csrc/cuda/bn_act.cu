@@ -8,8 +8,7 @@
 //
 // An empty batch gives an empty output, zero mean and variance and zero gradients.
 
-#include <algorithm>
-
+#include "../common/bn_act_halves.h"
 #include "batch_statistics.h"
 #include "bn_act_backward.h"
 #include "normalize_act.h"
@@ -18,37 +17,14 @@
 namespace resnet_fused::cuda {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor, Tensor> bn_act(const Tensor& input, const OptionalTensor& residual,
-                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                          double eps, const std::string& act,
-                                          double negative_slope) {
-  const auto [mean, var] = batch_statistics(input);
-  return {normalize_act(input, residual, mean, var, weight, bias, eps, act, negative_slope), mean,
-          var};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& residual,
-    const OptionalTensor& output, const Tensor& mean, const Tensor& var,
-    const OptionalTensor& weight, const OptionalTensor& bias, double eps, const std::string& act,
-    double negative_slope, bool has_residual) {
-  const auto [grad_residual, grad_weight, grad_bias] =
-      bn_act_backward_sums(grad_output, input, residual, output, mean, var, weight, bias, eps, act,
-                           negative_slope, has_residual);
-  const int64_t channels = std::max<int64_t>(input.size(1), 1);
-  return {
-      bn_act_backward_input(has_residual ? grad_residual : grad_output, input, mean, var, weight,
-                            bias, grad_weight, grad_bias, eps, has_residual ? "none" : act,
-                            negative_slope, input.numel() / channels),
-      grad_residual, grad_weight, grad_bias};
-}
+constexpr auto bn_act = &bn_act_of_halves<&batch_statistics, &normalize_act>;
+constexpr auto bn_act_backward =
+    &bn_act_backward_of_halves<&bn_act_backward_sums, &bn_act_backward_input>;
 
 }  // namespace
 }  // namespace resnet_fused::cuda
 
 RESNET_FUSED_OPERATORS(m) {
-  m.impl("bn_act", TORCH_BOX(&resnet_fused::cuda::bn_act));
-  m.impl("bn_act_backward", TORCH_BOX(&resnet_fused::cuda::bn_act_backward));
+  m.impl("bn_act", TORCH_BOX(resnet_fused::cuda::bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(resnet_fused::cuda::bn_act_backward));
 }
