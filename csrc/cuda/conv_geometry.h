@@ -35,8 +35,9 @@ struct Divider {
   }
 };
 
-constexpr int kMostTaps = 49;   // 7x7
-constexpr int kMostPhases = 4;  // stride 2
+constexpr int kMostTaps = 49;       // 7x7
+constexpr int kMostPhases = 4;      // stride 2
+constexpr int kMostSpan = 1 << 11;  // of 64 channels they fill shared memory, 128 bytes a place
 
 struct Tap {
   int shift;
@@ -104,7 +105,8 @@ inline int line_pitch(int size, int out_size, int kernel, int stride, int paddin
   return std::max(out_size + std::max(last, 0), widest + std::max(-first, 0));
 }
 
-// False where the kernels have no room for it: too many taps or places.
+// False where the kernels have no room for it: too many taps or places, or taps too
+// far apart.
 inline bool make_geometry(int images, int channels, int height, int width, int out_channels,
                           const ConvOptions& o, ConvGeometry& g) {
   const int taps = o.kernel_h * o.kernel_w;
@@ -140,6 +142,7 @@ inline bool make_geometry(int images, int channels, int height, int width, int o
       if (p.taps > 0) g.phase[g.phases++] = p;
     }
   }
+  if (int64_t{most} - least > kMostSpan) return false;
   g.least_shift = least;
   g.span = most - least;
   g.bare = taps == 1 && o.stride_h * o.stride_w == 1 && g.pitch == width && g.rows == height &&

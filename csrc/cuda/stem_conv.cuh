@@ -113,7 +113,8 @@ struct StemConv {
   // The tile of the image from row y0 and column x0 on, zeros outside: a warp takes a line.
   DEVICE_INLINE void load(T* tile, const T* image, int y0, int x0) const {
     const int lane = threadIdx.x % 32;
-    const int begin = x0 < 0 ? -x0 * channels : 0, end = (a.width - x0) * channels;
+    const int begin = x0 < 0 ? -x0 * channels : 0;
+    const int end = (a.width - x0 < kPitch ? a.width - x0 : kPitch) * channels;
 #pragma unroll 2
     for (int line = threadIdx.x / 32; line < kLines; line += kStemThreads / 32) {
       const int y = y0 + line;

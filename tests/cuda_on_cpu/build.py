@@ -13,6 +13,7 @@ read has changed.
 
 >>> ops._set_order("random:7")
 >>> ops._only_blocks(1000, 1001)  # of every grid; (0, -1): all again
+>>> ops._set_multiprocessors(1000)  # 0: three again
 
 A kernel that does what it must not is a RuntimeError that names the thread and the line.
 """

@@ -82,10 +82,7 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
       &call);
 }
 
-// Few, so that those blocks that take one tile after another take several.
-inline int multiprocessors() {
-  return 3;
-}
+int multiprocessors();
 
 // --- threads --------------------------------------------------------------------------------
 

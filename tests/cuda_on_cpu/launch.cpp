@@ -51,6 +51,10 @@ namespace resnet_fused::cuda {
 
 using namespace on_cpu;
 
+int multiprocessors() {
+  return settings.multiprocessors;
+}
+
 const char* launch_on_cpu(dim3 grid, dim3 size, size_t bytes, void (*thread)(const void* kernel),
                           const void* kernel) {
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;

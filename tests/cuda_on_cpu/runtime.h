@@ -16,6 +16,7 @@ namespace resnet_fused::cuda::on_cpu {
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
 constexpr int kMostThreads = 1024;
+constexpr int kMultiprocessors = 3;
 
 // An asynchronous copy that has been asked for.
 struct Copy {
@@ -108,6 +109,8 @@ struct Settings {
   Order order = Order::forward;
   uint32_t seed = 0;
   int64_t first_block = 0, last_block = -1;  // the blocks that run; all if last is negative
+  // Few, so that those blocks that take one tile after another take several.
+  int multiprocessors = kMultiprocessors;
 };
 
 extern Settings settings;
