@@ -94,8 +94,12 @@ bench: .venv/.ready
 # red test does not keep the benchmark from running, which may be all that the machine is there for.
 # The CUDA library is built for this GPU alone; without nvcc Triton's kernels are left. The CPU's have
 # no part in this. The options of pytest in pyproject.toml need plug-ins that may be missing.
+# With SANITIZE=1 some of the tests run once more under each tool of NVIDIA's compute-sanitizer, and
+# the library is built with line numbers for its reports.
 BUDGET ?= 240
 TEST_SECONDS ?= 150
+SANITIZE_SECONDS ?= 240
+SANITIZED_GPU := $(filter 1,$(SANITIZE))
 OUT ?= $(RESULTS)
 GPU_ENV := RESNET_FUSED_NO_NATIVE=1 RESNET_FUSED_CACHE_DIR=$(CURDIR)/build/gpu_cache
 # The most valuable first: networks, then kernels, then what a CPU can show as well.
@@ -114,16 +118,20 @@ gpu-run:
 		header = pathlib.Path(sysconfig.get_path("include"), "Python.h"); \
 		sys.exit(not (header.exists() and any(map(shutil.which, ("gcc", "clang")))))' \
 		|| echo "make gpu: Triton needs gcc or clang, and Python.h, to start its kernels"
-	@build=done; tests=passed; bench=passed; \
+	@build=done; tests=passed; sanitizers=passed; bench=passed; \
+	$(if $(SANITIZED_GPU),export NVCC_APPEND_FLAGS="$$NVCC_APPEND_FLAGS -lineinfo";) \
 	RESNET_FUSED_CUDA_ARCHS=native $(PYTHON) setup_cuda.py || build=failed; \
 	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", max(1, min(14, os.cpu_count() - 2)))' \
 		2>/dev/null); \
 	$(GPU_ENV) TORCHINDUCTOR_COMPILE_THREADS=1 timeout -s INT -k 20 $(TEST_SECONDS) \
 		$(PYTHON) -m pytest -q -o addopts=-ra --durations=8 $$workers $(GPU_TESTS) \
 		|| tests="failed, or took over $(TEST_SECONDS) s"; \
+	$(if $(SANITIZED_GPU),$(GPU_ENV) $(PYTHON) benchmarks/sanitize_gpu.py \
+		--seconds $(SANITIZE_SECONDS) || sanitizers=failed;) \
 	$(GPU_ENV) PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) || bench=failed; \
-	echo "make gpu: build $$build; tests $$tests; benchmark $$bench"; \
-	test "$$build" = done -a "$$tests" = passed -a "$$bench" = passed
+	echo "make gpu: build $$build; tests $$tests;$(if $(SANITIZED_GPU), \
+		sanitizers $$sanitizers;) benchmark $$bench"; \
+	test "$$build" = done -a "$$tests" = passed -a "$$sanitizers" = passed -a "$$bench" = passed
 
 clean:
 	rm -rf .venv build *.egg-info resnet_fused/_C_*.so .pytest_cache .mypy_cache .ruff_cache
