@@ -202,6 +202,22 @@ def test_conversions(ops: Any, dtype: torch.dtype):
     assert torch.equal(back, x.to(dtype).float())
 
 
+def test_rounding_to_tf32(ops: Any):
+    """To the nearest of the numbers with 10 bits of mantissa, the larger one if two are."""
+    least, ulp = 2.0**-149, 2.0**-10
+    ties = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 4096 * least, 4095 * least, 3.4028234e38])
+    x = torch.cat([torch.randn(500) * 100, ties, torch.tensor([0.0, float("inf"), float("nan")])])
+    x = torch.cat([x, -x[:-1]])
+    out = torch.empty_like(x)
+    ops.round(x, out)
+    away = torch.tensor([1 + ulp, 1 + 2 * ulp, 8192 * least, 0.0, float("inf"), 0.0, float("inf")])
+    assert torch.equal(out[500:507], away) and torch.equal(out[1008:], -away)
+    assert torch.equal(out.signbit(), x.signbit()) and out[507].isnan()
+    steps = ulp * torch.exp2(x[:500].frexp().exponent.double() - 1)
+    assert torch.equal(out[:500].abs().double(), (x[:500].abs() / steps + 0.5).floor() * steps)
+    assert torch.equal(out[508:1008], -out[:500])
+
+
 def test_copies_in_groups(ops: Any, order: str):
     x = torch.randn(11, 64, 4)
     out = torch.empty_like(x)

@@ -133,6 +133,14 @@ DEVICE_INLINE bfloat16 rounded<bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// To TF32's 10 bits of mantissa, to nearest, ties away from zero. A NaN of which only the low 13
+// bits say so becomes an infinity, as it is to mma, which does not read them.
+DEVICE_INLINE float round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
 // Two rounded numbers in a register, the first in the low half.
 DEVICE_INLINE uint32_t pair(float first, float second, half) {
   const __half2 both = __floats2half2_rn(first, second);

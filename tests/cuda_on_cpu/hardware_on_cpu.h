@@ -149,6 +149,16 @@ inline bfloat16 rounded<bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// What ptxas makes of cvt.rna.tf32.f32 for 8.0 to 10.0.
+inline float round_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (std::abs(x) < INFINITY) bits += 0x1000;
+  bits &= 0xffffe000;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 template <class T>
 uint32_t pair_of(float first, float second) {
   const T both[2] = {rounded<T>(first), rounded<T>(second)};

@@ -130,6 +130,16 @@ void numbers(const Tensor& x, const Tensor& singles, const Tensor& pairs, const 
   }
 }
 
+__global__ void round_kernel(const float* x, float* out) {
+  const int i = threadIdx.x;
+  out[i] = round_tf32(x[i]);
+}
+
+void round(const Tensor& x, const Tensor& out) {
+  start(round_kernel, dim3(1), dim3(static_cast<unsigned>(x.numel())), 0, data<float>(x),
+        data<float>(out));
+}
+
 // --- copies ---------------------------------------------------------------------------------
 
 // Each thread's `steps` pieces of 16 bytes, every third one zeros, three groups under way at a
@@ -314,6 +324,7 @@ STABLE_TORCH_LIBRARY(cuda_on_cpu_test, m) {
   m.def("shuffles(Tensor x, Tensor(a!) rotated, Tensor(b!) swapped) -> ()");
   m.def("reversals(Tensor x, Tensor(a!) out) -> ()");
   m.def("numbers(Tensor x, Tensor(a!) singles, Tensor(b!) pairs, Tensor(c!) back) -> ()");
+  m.def("round(Tensor x, Tensor(a!) out) -> ()");
   m.def("copies(Tensor x, Tensor(a!) out, int threads) -> ()");
   m.def("ring(Tensor x, Tensor(a!) out, bool polls) -> ()");
   m.def("poll_in_vain() -> ()");
@@ -329,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CPU, m) {
   m.impl("shuffles", TORCH_BOX(&resnet_fused::cuda::shuffles));
   m.impl("reversals", TORCH_BOX(&resnet_fused::cuda::reversals));
   m.impl("numbers", TORCH_BOX(&resnet_fused::cuda::numbers));
+  m.impl("round", TORCH_BOX(&resnet_fused::cuda::round));
   m.impl("copies", TORCH_BOX(&resnet_fused::cuda::copies));
   m.impl("ring", TORCH_BOX(&resnet_fused::cuda::ring));
   m.impl("ldmatrix", TORCH_BOX(&resnet_fused::cuda::ldmatrix));
