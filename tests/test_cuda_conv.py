@@ -60,6 +60,15 @@ def kernels(shape: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return list(cuda_conv.candidates(problem(shape), torch.bfloat16, arch))
 
 
+def packed(weight: Tensor, groups: int, algorithm: str) -> Tensor:
+    """The weight as the algorithm reads it."""
+    chosen = cuda_conv.BY_NAME[algorithm]
+    if chosen is cuda_conv.STEM:
+        return cuda_conv.pack_stem(weight)
+    numbers: Tensor = operators()._cuda_pack(weight, groups, chosen.columns, False)
+    return numbers
+
+
 class Call:
     """A convolution with everything that can follow it."""
 
@@ -79,7 +88,7 @@ class Call:
 
     def ours(self, algorithm: str, scale: Any, shift: Any, residual: Any, *act: Any) -> Tensor:
         p = self.problem
-        numbers = cuda_conv.pack(self.weight, p.groups, algorithm)
+        numbers = packed(self.weight, p.groups, algorithm)
         flat = [*p.kernel, *p.stride, *p.padding, *p.dilation]
         found: Tensor = operators()._cuda_conv(
             self.x, numbers, scale, shift, residual, p.out_channels, flat, p.groups, *act, algorithm
@@ -148,7 +157,7 @@ def test_vectors_and_weights_at_any_address(monkeypatch: pytest.MonkeyPatch) -> 
         wanted = call.ours(name, call.scale, call.shift, None, "none", 0.0)
         for vectors in (longer, strided):
             assert torch.equal(call.ours(name, *vectors, None, "none", 0.0), wanted)
-    numbers = cuda_conv.pack(call.weight, 1, "mma_128x64").reshape(-1)
+    numbers = packed(call.weight, 1, "mma_128x64").reshape(-1)
     moved = torch.cat([numbers[:1], numbers])[1:]
     y = operators()._cuda_conv(
         call.x, moved, None, None, None, 64, [3, 3, 1, 1, 1, 1, 1, 1], 1, "none", 0.0, "mma_128x64"

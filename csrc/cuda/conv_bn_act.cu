@@ -15,6 +15,7 @@
 #include "conv_mma.cuh"
 #include "conv_wgmma.cuh"
 #include "operator.h"
+#include "pack_weights.h"
 #include "stem_conv.cuh"
 
 namespace resnet_fused::cuda {
@@ -73,11 +74,9 @@ void check_packed(const Call& call, int64_t numbers) {
 // How many output channels read the same inputs; whole column tiles, or everything.
 void set_blocks(const Call& call, int columns, ConvGeometry& g, int& block_in, int& block_out) {
   const int out = g.out_channels / call.groups, in = g.channels / call.groups;
-  int groups = 1;
-  while (groups < call.groups && groups * out % columns != 0) ++groups;
-  if (call.groups == 1) groups = 1;
-  check(call.groups % groups == 0, op, ": groups must fill tiles of ", columns, " outputs, got ",
-        call.groups, " groups of ", out);
+  const int groups = groups_together(call.groups, out, columns);
+  check(groups > 0, op, ": groups must fill tiles of ", columns, " outputs, got ", call.groups,
+        " groups of ", out);
   block_in = groups * in, block_out = groups * out;
 }
 

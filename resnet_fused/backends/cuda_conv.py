@@ -1,8 +1,8 @@
 """The convolutions of csrc/cuda/conv_bn_act.cu: what they take, and weights as they read them.
 
 An algorithm's name says the kernel and its tile, output pixels by output channels. Weights are
-packed as the tiles lie in shared memory: 64 input channels of one tap at a time, 8 of them
-together.
+packed as the tiles lie in shared memory (csrc/cuda/pack_weights.cu): 64 input channels of one tap
+at a time, 8 of them together.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_fused.backends import native_cuda
 from resnet_fused.conv_choice import ConvProblem
+from resnet_fused.ops.schema import groups_together
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")
 
@@ -79,7 +80,8 @@ def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int) -> bool:
         )
     (kh, kw), (sh, sw) = problem.kernel, problem.stride
     channels = problem.channels % _PLANE == 0 and problem.out_channels % _PLANE == 0
-    block = _block(problem.out_channels // problem.groups, problem.groups, algorithm.columns)
+    group_outputs = problem.out_channels // problem.groups
+    block = groups_together(problem.groups, group_outputs, algorithm.columns)
     return (
         channels
         and kh * kw <= _MOST_TAPS
@@ -111,16 +113,6 @@ def _fits(algorithm: Algorithm, problem: ConvProblem, block: int) -> bool:
     return needed + 1024 <= _SHARED_BYTES
 
 
-def _block(out_channels: int, groups: int, columns: int) -> int | None:
-    """How many groups of so many outputs share a tile's inputs; None if tiles cut groups."""
-    if groups == 1:
-        return 1
-    together = 1
-    while together < groups and together * out_channels % columns:
-        together += 1
-    return together if groups % together == 0 else None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """A convolution's weight as an algorithm reads it."""
@@ -135,7 +127,11 @@ class Packed:
     def of(cls, weight: Tensor, groups: int, algorithm: str) -> Packed:
         """Pack the weight for an algorithm of :data:`BY_NAME`."""
         kernel = weight.shape[2], weight.shape[3]
-        numbers = pack(weight, groups, algorithm)
+        chosen = BY_NAME[algorithm]
+        if chosen is STEM:
+            numbers = pack_stem(weight)
+        else:
+            numbers = torch.ops.resnet_fused._cuda_pack(weight, groups, chosen.columns, False)
         return cls(numbers, algorithm, weight.shape[0], kernel, groups)
 
     def __call__(
@@ -159,44 +155,12 @@ class Packed:
         return found
 
 
-def pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
-    """A convolution's weight (K, C / groups, R, S) in the order in which `algorithm` reads it.
+def pack_stem(weight: Tensor) -> Tensor:
+    """A stem's weight (K, 3, R, S) as fragments of mma.
 
-    [column tile][64 channels][tap][8 channels][column][channel] with zeros beyond channels and
-    outputs, and where outputs of several narrow groups share a tile. The stem's are fragments of
-    mma, [column tile][16 products][8 columns][lane][4].
+    [column tile][16 products][8 columns][lane][4] with zeros beyond outputs and behind each row of
+    the kernel.
     """
-    chosen = BY_NAME[algorithm]
-    if chosen is STEM:
-        return _pack_stem(weight)
-    outputs, channels, *kernel = weight.shape
-    taps = kernel[0] * kernel[1]
-    block = _block(outputs // groups, groups, chosen.columns)
-    assert block is not None
-    tiles, chunks = -(-outputs // chosen.columns), -(-block * channels // _CHUNK)
-    whole = weight.new_zeros(tiles * chosen.columns, chunks * _CHUNK, taps)
-    flat = weight.reshape(outputs, channels, taps)
-    if block == 1:
-        whole[:outputs, :channels] = flat
-    else:
-        per_group = outputs // groups
-        for place in range(block):
-            rows = torch.arange(outputs, device=weight.device)
-            rows = rows[rows // per_group % block == place]
-            whole[rows, place * channels : (place + 1) * channels] = flat[rows]
-    cut = _interleaved(whole).view(tiles, chosen.columns, chunks, _PLANE, _PLANE, taps)
-    return cut.permute(0, 2, 5, 3, 1, 4).contiguous()
-
-
-def _interleaved(outputs: Tensor) -> Tensor:
-    """Output channels in the order of a tile's columns: of 32, column 8 i + 2 q + e is channel
-    8 q + 2 i + e. So a thread's accumulators are eight neighbours (csrc/cuda/conv_epilogue.cuh).
-    """
-    rest = outputs.shape[1:]
-    return outputs.reshape(-1, 4, 4, 2, *rest).transpose(1, 2).reshape(-1, *rest)
-
-
-def _pack_stem(weight: Tensor) -> Tensor:
     outputs, channels, height, width = weight.shape
     line = width * channels
     eights = -(-line // 8)
@@ -210,3 +174,11 @@ def _pack_stem(weight: Tensor) -> Tensor:
         tiles, 8, 8, steps, 2, 4, 2
     )  # tile, n, g, step, word, q, number
     return cut.permute(0, 3, 1, 2, 5, 4, 6).contiguous()
+
+
+def _interleaved(outputs: Tensor) -> Tensor:
+    """Output channels in the order of a tile's columns: of 32, column 8 i + 2 q + e is channel
+    8 q + 2 i + e. So a thread's accumulators are eight neighbours (csrc/cuda/conv_epilogue.cuh).
+    """
+    rest = outputs.shape[1:]
+    return outputs.reshape(-1, 4, 4, 2, *rest).transpose(1, 2).reshape(-1, *rest)

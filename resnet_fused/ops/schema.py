@@ -92,6 +92,13 @@ _library.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# A convolution's weight (K, C / groups, R, S) as those kernels read it, for tiles of `columns`
+# outputs: [column tile][chunk][tap][8][column][16 bytes of channels], float32 rounded to TF32.
+# `turned` packs weight.transpose(0, 1).flip(2, 3): the convolution that makes the input's gradient.
+_library.define(
+    "_cuda_pack(Tensor weight, int groups, int columns, bool turned) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # Max-pooling of channels_last images; `window` is kernel_size, stride, padding and dilation, two
 # numbers each, and `positions` are places in it, kernel width · row + column, uint8.
 _library.define(
@@ -153,6 +160,16 @@ def conv_output_size(
     return input[0], weight.shape[0], height, width
 
 
+def groups_together(groups: int, outputs: int, columns: int) -> int | None:
+    """How many groups of so many outputs share the inputs of a tile of `columns` outputs, so that
+    they fill whole tiles or are all there are; None where tiles would cut groups.
+    """
+    together = 1
+    while together < groups and together * outputs % columns:
+        together += 1
+    return together if groups % together == 0 else None
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether eager PyTorch gives an operator's output channels_last strides for this input.
 
@@ -190,6 +207,19 @@ def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
     like = torch.empty(out_channels, 1, *kernel, device="meta")
     size = conv_output_size(input.shape, like, stride, padding, dilation)
     return input.new_empty(size).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_cuda_pack", lib=_library)
+def _(weight, groups, columns, turned):
+    outputs, channels, height, width = weight.shape
+    if turned:
+        outputs, channels = channels, outputs
+    together = groups_together(groups, outputs // groups, columns)
+    if together is None:
+        raise RuntimeError(f"_cuda_pack: groups must fill tiles of {columns} outputs")
+    piece = 16 // weight.element_size()
+    chunks = -(-together * channels // (8 * piece))
+    return weight.new_empty(-(-outputs // columns), chunks, height * width, 8, columns, piece)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)
