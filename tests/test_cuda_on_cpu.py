@@ -90,6 +90,13 @@ PLANTED: dict[str, dict[str, set[str]]] = {
         "early_release": ALL,
         "no_wgmma_wait": ALL,
     },
+    "pack_weights": {
+        "column_order": ALL,
+        "first_group_only": ALL,
+        "unguarded_channels": ALL,
+        "unguarded_outputs": {"asan"},
+        "taps_left_out": ALL,
+    },
 }
 
 

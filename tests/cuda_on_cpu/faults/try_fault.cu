@@ -13,6 +13,7 @@
 #include "channel_statistics.cuh"
 #include "conv_mma.cuh"
 #include "conv_wgmma.cuh"
+#include "pack_weights.cuh"
 #include "runtime.h"
 
 namespace resnet_fused::cuda::faults {
@@ -119,6 +120,25 @@ bool with_wgmma() {
   return true;
 }
 
+bool packing() {
+  constexpr int kAll = 40, kOwn = 12, kGroups = 2, kKernel = 9, kTileColumns = 64;
+  const auto w = noise<bfloat16>(kAll * kOwn * kKernel, 6);
+  std::vector<bfloat16> packed(kKernel * 64 * kTileColumns, rounded<bfloat16>(NAN));
+  check(run_pack({w.data(), packed.data(), kAll, kOwn, kGroups, kKernel, kTileColumns}));
+  std::vector<float> expected(packed.size());
+  for (int i = 0; i < kAll * kOwn * kKernel; ++i) {
+    const int tap = i % kKernel, output = i / kKernel / kOwn;
+    const int channel = i / kKernel % kOwn + output / (kAll / kGroups) * kOwn;
+    const int column = output / 32 * 32 + output / 2 % 4 * 8 + output / 8 % 4 * 2 + output % 2;
+    const int line = (tap * 8 + channel / 8) * kTileColumns + column;
+    expected[line * 8 + channel % 8] = to_float(w[i]);
+  }
+  for (size_t i = 0; i < packed.size(); ++i) {
+    if (to_float(packed[i]) != expected[i]) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace resnet_fused::cuda::faults
 
@@ -131,6 +151,7 @@ int main(int count, char** words) {
     if (kernel == "sparse_statistics") return faults::sparse_statistics();
     if (kernel == "conv_mma") return faults::with_mma();
     if (kernel == "conv_wgmma") return faults::with_wgmma();
+    if (kernel == "pack_weights") return faults::packing();
     throw std::runtime_error("no kernel " + kernel);
   };
   try {
