@@ -116,6 +116,16 @@ def test_any_strides(dtype: torch.dtype, turned: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_stride_that_is_no_multiple_of_16_bytes(dtype: torch.dtype) -> None:
+    piece = 16 // dtype.itemsize
+    for height, width in ((1, 1), (4, 1), (4, 4)):  # outputs; rows; columns of the kernel
+        wide = noise(40, piece * 3 // 2, height, width, dtype=dtype).to(DEVICE)
+        check(wide.contiguous(memory_format=torch.channels_last)[:, :piece], 1, 64)
+    wide = noise(40, 2 * piece, 4, 4, dtype=dtype).to(DEVICE)
+    check(wide.contiguous(memory_format=torch.channels_last)[:, : piece + 1], 1, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_that_are_special(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     least = info.smallest_normal * info.eps
