@@ -8,9 +8,9 @@
 // 128 bytes of channels of one output.
 //
 // A block takes a chunk of 32 columns: a warp is a plane, a lane a column, and each writes 16 bytes
-// a tap. So in channels_last a block reads whole lines; of a contiguous weight it reads a run of
-// C * R * S numbers for each output in R * S goes, of which all but the first find them in L1. The
-// weight is read once and written once, by one launch; PyTorch's operators make eight.
+// a tap. So in channels_last a block reads whole lines. In a contiguous weight the chunk of an
+// output is one run of R * S taps a channel, of which each tap reads every R * S'th number, from L1
+// after the first. The weight is read once and written once; PyTorch needs some eight launches.
 
 #include <algorithm>
 #include <cstring>
