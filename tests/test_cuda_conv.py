@@ -13,51 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
-from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels, operators
+from cuda_case import DEVICE, needs_cuda_kernels, operators
+from cuda_conv_case import SHAPES, kernels, problem
 from test_functional import noise
 from tolerance import assert_parity
 from torch import Tensor
 
-from resnet_fused.backends import cuda_conv, native_cuda, reference
-from resnet_fused.conv_choice import ConvProblem
+from resnet_fused.backends import cuda_conv, reference
 
 pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
 
-# batch, channels, height, width, outputs, kernel, stride, padding, dilation, groups
-SHAPES: dict[str, tuple[Any, ...]] = {
-    "3x3": (2, 64, 9, 8, 64, 3, 1, 1, 1, 1),
-    "odd": (3, 40, 7, 11, 24, 3, 1, 1, 1, 1),
-    "tiles": (3, 8, 17, 20, 72, 3, 1, 1, 1, 1),
-    "deep": (1, 200, 6, 5, 136, 3, 1, 1, 1, 1),
-    "stride2": (2, 72, 11, 10, 40, 3, 2, 1, 1, 1),
-    "1x1": (2, 136, 7, 7, 264, 1, 1, 0, 1, 1),
-    "1x1stride2": (3, 64, 9, 8, 128, 1, 2, 0, 1, 1),
-    "pixel": (2, 16, 1, 1, 8, 3, 1, 1, 1, 1),
-    "valid": (1, 16, 8, 9, 16, 3, 1, 0, 1, 1),
-    "padded": (1, 8, 5, 5, 16, 3, 1, 4, 1, 1),
-    "dilated": (2, 8, 12, 11, 32, 3, 1, 2, 2, 1),
-    "unequal": (2, 8, 9, 12, 16, (3, 5), (2, 1), (1, 2), (1, 2), 1),
-    "grouped": (2, 64, 8, 7, 64, 3, 1, 1, 1, 16),
-    "two groups": (1, 48, 6, 7, 256, 3, 1, 1, 1, 2),
-    "empty": (0, 8, 6, 7, 16, 3, 1, 1, 1, 1),
-    "7x7 stem": (2, 3, 37, 41, 64, 7, 2, 3, 1, 1),
-    "3x3 stem": (2, 3, 19, 18, 72, 3, 1, 1, 1, 1),
-    "3x3 stride2 stem": (2, 3, 20, 33, 24, 3, 2, 1, 1, 1),
-}
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-def problem(shape: str) -> ConvProblem:
-    n, c, h, w, k, *rest = SHAPES[shape]
-    kernel, stride, padding, dilation = (v if isinstance(v, tuple) else (v, v) for v in rest[:4])
-    return ConvProblem(n, c, (h, w), k, kernel, stride, padding, dilation, rest[4])
-
-
-def kernels(shape: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All that take a shape, where there is a library."""
-    arch = 10 * torch.cuda.get_device_capability()[0] if HAS_GPU else 90
-    monkeypatch.setattr(native_cuda, "available", True)
-    return list(cuda_conv.candidates(problem(shape), torch.bfloat16, arch))
 
 
 def packed(weight: Tensor, groups: int, algorithm: str) -> Tensor:

@@ -24,9 +24,9 @@ DEVICE_INLINE double erf_(double x) {
 
 #include "../common/activation.h"
 
-// What a kernel is compiled for: the two that residual networks are made of, and one for all, which
-// asks once for each thread's numbers.
-enum class Act { none, relu, any };
+// What a kernel is compiled for: the two that residual networks are made of; what is made of
+// straight lines; and all. The last two ask once for each thread's numbers.
+enum class Act { none, relu, linear, any };
 
 template <Act kind, class Body>
 DEVICE_INLINE void with_activation(Activation act, const Body& body) {
@@ -40,9 +40,15 @@ DEVICE_INLINE void with_activation(Activation act, const Body& body) {
       case Activation::relu: return body(Relu());
       case Activation::relu6: return body(Relu6());
       case Activation::leaky_relu: return body(LeakyRelu());
-      case Activation::silu: return body(Silu());
-      case Activation::hardswish: return body(Hardswish());
-      case Activation::gelu: return body(Gelu());
+      default: break;
+    }
+    if constexpr (kind == Act::any) {
+      switch (act) {
+        case Activation::silu: return body(Silu());
+        case Activation::hardswish: return body(Hardswish());
+        case Activation::gelu: return body(Gelu());
+        default: break;
+      }
     }
   }
 }

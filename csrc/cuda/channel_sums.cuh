@@ -55,23 +55,20 @@ DEVICE_INLINE int64_t combined_channel() {
   return static_cast<int64_t>(blockIdx.x) * kCombinedLanes + threadIdx.x % kCombinedLanes;
 }
 
-// Both sums over all chunks for that channel; true in the one thread that has them.
-DEVICE_INLINE bool combine_sums(const double* partial, int chunks, int64_t channels, double& first,
-                                double& second) {
+// Two sums for that channel over all chunks, each of which part(chunk, first, second) adds to them;
+// true in the one thread that has them.
+template <class Part>
+DEVICE_INLINE bool combine_parts(int chunks, int64_t channels, const Part& part, double& first,
+                                 double& second) {
   double* const shared = reinterpret_cast<double*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kCombinedLanes;
-  const int64_t channel = combined_channel();
   const int row = static_cast<int>(threadIdx.x) / kCombinedLanes;
   const int rows = static_cast<int>(blockDim.x) / kCombinedLanes;
-  const bool active = channel < channels;
+  const bool active = combined_channel() < channels;
   first = second = 0;
   if (active) {
-    const double* const other = partial + chunks * channels;
 #pragma unroll 4
-    for (int chunk = row; chunk < chunks; chunk += rows) {
-      first += partial[chunk * channels + channel];
-      second += other[chunk * channels + channel];
-    }
+    for (int chunk = row; chunk < chunks; chunk += rows) part(chunk, first, second);
   }
   shared[row * 2 * kCombinedLanes + lane] = first;
   shared[row * 2 * kCombinedLanes + kCombinedLanes + lane] = second;
@@ -81,15 +78,29 @@ DEVICE_INLINE bool combine_sums(const double* partial, int chunks, int64_t chann
   return row == 0 && active;
 }
 
+// The same of what write_sums wrote.
+DEVICE_INLINE bool combine_sums(const double* partial, int chunks, int64_t channels, double& first,
+                                double& second) {
+  const double* const mine = partial + combined_channel();
+  const double* const other = mine + chunks * channels;
+  const auto part = [&](int chunk, double& a, double& b) {
+    a += mine[chunk * channels];
+    b += other[chunk * channels];
+  };
+  return combine_parts(chunks, channels, part, first, second);
+}
+
 // --- on the host ----------------------------------------------------------------------------
 
 // Where the blocks of a pass leave their sums.
 class PartialSums {
  public:
+  PartialSums(int chunks, int64_t channels, const Tensor& like)
+      : chunks_(chunks),
+        channels_(channels),
+        tensor_(empty_vector(2 * chunks * channels, ScalarType::Double, like)) {}
   PartialSums(const Pass& pass, const Tensor& like)
-      : chunks_(pass.chunks),
-        channels_(pass.channels),
-        tensor_(empty_vector(2 * pass.chunks * pass.channels, ScalarType::Double, like)) {}
+      : PartialSums(pass.chunks, pass.channels, like) {}
 
   double* data() const { return static_cast<double*>(tensor_.mutable_data_ptr()); }
 

@@ -7,13 +7,20 @@
 // ldmatrix reads without bank conflicts, and the next place is 16 bytes further on: a tap is a
 // shift of the start.
 //
+// In training what is convolved may be act(bn(input)). Whoever copied 16 bytes normalises them once
+// they have arrived, before anybody else reads them: memory is no further away than without, and
+// outside of the image stays 0.
+//
 // Groups: outputs in `block_out` neighbouring channels read the same `block_in`; a block is one
 // group, or so many narrow ones that they fill a tile, with zeros among its weights.
 #pragma once
 
 #include <cstdint>
 
+#include "activation.cuh"
 #include "conv_geometry.h"
+#include "norm.cuh"
+#include "numbers.cuh"
 
 namespace resnet_fused::cuda {
 
@@ -29,7 +36,45 @@ struct Clamp {
   uint32_t low, high;
 };
 
-// y = act(sum * scale + shift + residual)
+// A batch norm's mean, scale and bias of all channels, [3][channels], for all threads of a block
+// once they have met.
+DEVICE_INLINE void stage_norm(const Norm<float>& norm, int channels, float* to) {
+  for (int c = threadIdx.x; c < channels; c += blockDim.x) {
+    const ChannelNorm<float> of = norm.of(c);
+    to[c] = of.mean, to[channels + c] = of.scale, to[2 * channels + c] = of.bias;
+  }
+}
+
+// Of n neighbouring channels.
+template <int n>
+struct StagedNorm {
+  float mean[n], scale[n], bias[n];
+
+  DEVICE_INLINE StagedNorm(const float* staged, int channels, int channel) {
+    read_shared<float, n>(staged + channel, mean);
+    read_shared<float, n>(staged + channels + channel, scale);
+    read_shared<float, n>(staged + 2 * channels + channel, bias);
+  }
+};
+
+inline int staged_norm_bytes(int channels) {
+  return (3 * 4 * channels + 127) / 128 * 128;
+}
+
+// What follows the products.
+enum class Behind {
+  affine,      // evaluation: y = act(sum * scale + shift + residual)
+  statistics,  // training's forward: y = sum + shift, and mean and squares of each channel
+  gradient,    // of a = act(bn(z)): y = sum + residual, and the sums of that batch norm's gradients
+};
+
+// What a batch norm and an activation make of a tensor.
+struct NormAct {
+  Norm<float> norm;
+  Activation act;
+  float slope;
+};
+
 template <class T>
 struct ConvOutput {
   T* output;
@@ -38,12 +83,22 @@ struct ConvOutput {
   const float* shift;
   int channels;
   Clamp act;
+  // For `gradient`, of each output channel.
+  const T* z;
+  NormAct behind;
+  // From every warp of rows two numbers for each channel, [2][rows][channels]: the mean and the
+  // squared distances from it of so many pixels, [rows]; or sum(g) and sum(g * (z - mean)).
+  double* totals;
+  int total_rows;
+  float* pixels;
 };
 
 template <class T>
 struct ConvArguments {
   const T* input;
   const T* weights;
+  bool normalizes;  // with `before`
+  NormAct before;
   ConvOutput<T> out;
   ConvGeometry geometry;
   int block_in, block_out;
@@ -53,31 +108,75 @@ struct ConvArguments {
   int input_slots, weight_slots;  // of the pipelines in shared memory, of each ring
   bool resident;                  // all weights have a slot, and stay
   int plane;                      // bytes from one plane of an input tile to the next
+  int norm_bytes;                 // of a batch norm's numbers in shared memory
 
+  // Where there is a batch norm, before or behind.
+  template <Behind behind>
+  DEVICE_INLINE void stage_norm(float* to) const {
+    if (behind == Behind::statistics && normalizes)
+      cuda::stage_norm(before.norm, geometry.channels, to);
+    if (behind == Behind::gradient) cuda::stage_norm(out.behind.norm, out.channels, to);
+  }
   DEVICE_INLINE int first_channel(int column_tile, int columns) const {
     return column_tile * columns / block_out * block_in;
   }
 };
 
-// Copies a thread's plane of `places` places from `first` on to `to`, by `warps` warps: each finds
-// 32 pixels, one a lane, and copies four at a time, eight lanes for the 128 bytes of each.
-// `channel` is the plane's first, which is there if `valid`.
-template <int warps, class T>
-DEVICE_INLINE void copy_places(const ConvArguments<T>& a, const Phase& phase, int first, int places,
-                               int channel, bool valid, int warp, int lane, unsigned char* to) {
-  const T* const from = a.input + channel;
+// Visits `places` places from `first` on by `warps` warps: each finds 32 pixels, one a lane, and
+// visits four at a time, eight lanes (planes) each, `unroll` times in a row. Calls
+// body(place, pixel), pixel -1 if there is none.
+template <int warps, int unroll, class Body>
+DEVICE_INLINE void for_places(const ConvGeometry& g, const Phase& phase, int first, int places,
+                              int warp, int lane, const Body& body) {
   for (int begin = warp * 32; begin < places; begin += warps * 32) {
-    const int mine = begin + lane < places ? a.geometry.pixel(first + begin + lane, phase) : -1;
-#pragma unroll
+    const int mine = begin + lane < places ? g.pixel(first + begin + lane, phase) : -1;
+#pragma unroll unroll
     for (int i = 0; i < 8; ++i) {
       const int place = begin + 4 * i + lane / 8, pixel = shuffle(mine, 4 * i + lane / 8);
-      const bool there = valid && pixel >= 0;
-      if (place < places)
-        cp_async_16(to + place * 16,
-                    there ? from + static_cast<int64_t>(pixel) * a.geometry.channels : a.input,
-                    there);
+      if (place < places) body(place, pixel);
     }
   }
+}
+
+// A piece of the input on its way to shared memory.
+struct InputPiece {
+  int phase, first, places;
+  int channel;  // the first of a thread's plane,
+  bool valid;   // which is there
+  unsigned char* to;
+};
+
+template <int warps, class T>
+DEVICE_INLINE void copy_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
+                               int lane) {
+  const T* const from = a.input + piece.channel;
+  for_places<warps, 8>(a.geometry, a.geometry.phase[piece.phase], piece.first, piece.places, warp,
+                       lane, [&](int place, int pixel) {
+                         const bool there = piece.valid && pixel >= 0;
+                         cp_async_16(piece.to + place * 16,
+                                     there ? from + int64_t{pixel} * a.geometry.channels : a.input,
+                                     there);
+                       });
+}
+
+// act(bn(.)) of what the same thread copied, which has arrived.
+template <int warps, class T>
+DEVICE_INLINE void normalize_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
+                                    int lane, const float* staged) {
+  constexpr int n = kPlaneChannels;
+  const StagedNorm<n> norm(staged, a.geometry.channels, piece.valid ? piece.channel : 0);
+  for_places<warps, 2>(a.geometry, a.geometry.phase[piece.phase], piece.first, piece.places, warp,
+                       lane, [&](int place, int pixel) {
+                         if (!piece.valid || pixel < 0) return;
+                         Bytes16* const at = reinterpret_cast<Bytes16*>(piece.to + place * 16);
+                         float v[n];
+                         widen<T, n>(*at, v);
+#pragma unroll
+                         for (int i = 0; i < n; ++i)
+                           v[i] = normalized(v[i], norm.mean[i], norm.scale[i], norm.bias[i]);
+                         activate<Act::linear>(v, a.before.act, a.before.slope);
+                         *at = narrow<T, n>(v);
+                       });
 }
 
 // Bytes from plane to plane for so many places: 16 more than a multiple of 128, so that the 8

@@ -1,10 +1,15 @@
-// The end of a convolution tile: y = act(acc * scale + shift + residual), from accumulators as the
-// matrix instructions leave them to 16 bytes of channels a thread.
+// The end of a convolution tile, from accumulators as the matrix instructions leave them to 16
+// bytes of channels a thread: what Behind says.
 //
 // Of each row mma and wgmma give a thread two neighbouring columns in eight, to four lanes side by
 // side. Weights are packed so that in 32 columns number 8 i + 2 q + e is output channel 8 q + 2 i +
-// e (resnet_fused/backends/cuda_conv.py): then lane q of four holds eight neighbouring channels,
-// one access, and nothing has to change lanes.
+// e (pack_weights.cu): then lane q of four holds eight neighbouring channels, one access, and
+// nothing has to change lanes.
+//
+// What training wants of each channel a warp adds up over all its tiles. Of a block of 32 columns
+// every lane keeps one: eight lanes hold sums of the same eight columns, and halve them between
+// each other three times. Statistics are sums of distances from an origin, the mean of the warp's
+// first tile, so that nothing cancels however large the mean.
 #pragma once
 
 #include "conv_arguments.h"
@@ -12,60 +17,163 @@
 
 namespace resnet_fused::cuda {
 
-// A thread's eight channels in each block of 32, from `column` on.
-template <class T>
-struct Epilogue {
-  const ConvOutput<T>& out;
-  int column;
+// What a warp knows of the channels of its columns: of each block of 32, the lane's own.
+template <Behind behind, int blocks>
+struct ChannelTotals {
+  float first[blocks] = {};   // sum of d = z - origin, or of g
+  float second[blocks] = {};  // sum of d * d, or of g * (z - mean)
+  float origin[blocks] = {};
+  float pixels = 0;
 
-  DEVICE_INLINE Epilogue(const ConvOutput<T>& output, int first_column, int lane)
-      : out(output), column(first_column + 8 * (lane % 4)) {}
-
-  DEVICE_INLINE void vectors(int block, float (&scale)[8], float (&shift)[8]) const {
-    const int from = column + 32 * block;
-    const bool inside = from < out.channels;
-    load_eight(inside ? out.scale : nullptr, from, 1.0f, scale);
-    load_eight(inside ? out.shift : nullptr, from, 0.0f, shift);
+  // The lane that keeps the i-th of eight channels, of those that have it.
+  DEVICE_INLINE static int keeper(int i, int lane) {
+    return (i & 4) * 4 + (i & 2) * 4 + (i & 1) * 4 + lane % 4;
   }
 
-  // A block of the residual's pixel, or nothing for -1: asked for long before it is added, as
-  // memory is far.
-  DEVICE_INLINE Bytes16 residual(int pixel, int block) const {
-    if (out.residual == nullptr || !is_there(pixel, block)) return {};
-    return load_once(out.residual + place(pixel, block));
+  template <class T>
+  DEVICE_INLINE void write(const ConvOutput<T>& out, int row, int first_column, int lane) const {
+    const int own = (lane & 16) / 4 + (lane & 8) / 4 + (lane & 4) / 4;
+    const int channel = first_column + 8 * (lane % 4) + own;
+#pragma unroll
+    for (int b = 0; b < blocks; ++b) {
+      if (channel + 32 * b >= out.channels) continue;
+      double sum = first[b], other = second[b];
+      if (behind == Behind::statistics && pixels > 0) {
+        const double rest = sum / pixels;
+        other -= sum * rest;
+        sum = origin[b] + rest;
+      }
+      double* const to = out.totals + int64_t{row} * out.channels + channel + 32 * b;
+      to[0] = sum;
+      to[int64_t{out.total_rows} * out.channels] = other;
+    }
+    if (behind == Behind::statistics && channel == 0) out.pixels[row] = pixels;
+  }
+};
+
+// Half of n numbers goes to the lane whose number differs in the bits of `mask`, which gives the
+// other half; each is added to one's own.
+template <int n>
+DEVICE_INLINE void halve(float (&sums)[8], int lane, int mask) {
+  const bool upper = (lane & mask) != 0;
+#pragma unroll
+  for (int i = 0; i < n / 2; ++i) {
+    const int j = i + n / 2;
+    const float theirs = shuffle_xor(upper ? sums[i] : sums[j], mask);
+    sums[i] = (upper ? sums[j] : sums[i]) + theirs;
+  }
+}
+
+// Of the eight sums of each lane, those of the warp: every lane has the one that it keeps.
+DEVICE_INLINE float add_lanes(float (&sums)[8], int lane) {
+  halve<8>(sums, lane, 16);
+  halve<4>(sums, lane, 8);
+  halve<2>(sums, lane, 4);
+  return sums[0];
+}
+
+// A thread's eight channels in each block of 32, from `column` on.
+template <class T, Behind behind>
+struct Epilogue {
+  const ConvOutput<T>& out;
+  const float* staged;  // of the batch norm behind
+  int column;
+
+  // Of the pixels of a block, a thread's own.
+  struct Sums {
+    float origin[8];
+    float first[8] = {}, second[8] = {};
+  };
+
+  DEVICE_INLINE Epilogue(const ConvOutput<T>& output, const float* staged_norm, int first_column,
+                         int lane)
+      : out(output), staged(staged_norm), column(first_column + 8 * (lane % 4)) {}
+
+  // What a channel is multiplied by, in evaluation, and shifted.
+  struct Affine {
+    float scale[8], shift[8];
+
+    DEVICE_INLINE Affine(const Epilogue& e, int block) {
+      const int from = e.column + 32 * block;
+      const bool inside = from < e.out.channels;
+      if constexpr (behind == Behind::affine)
+        load_eight(inside ? e.out.scale : nullptr, from, 1.0f, scale);
+      load_eight(inside ? e.out.shift : nullptr, from, 0.0f, shift);
+    }
+  };
+  struct OfNorm : StagedNorm<8> {
+    DEVICE_INLINE OfNorm(const Epilogue& e, int block)
+        : StagedNorm<8>(e.staged, e.out.channels,
+                        e.column + 32 * block < e.out.channels ? e.column + 32 * block : 0) {}
+  };
+  using Vectors = std::conditional_t<behind == Behind::gradient, OfNorm, Affine>;
+
+  // A block of a tensor's pixel, or nothing for -1: asked for long before it is used, as memory is
+  // far.
+  DEVICE_INLINE Bytes16 read(const T* from, int pixel, int block) const {
+    if (from == nullptr || !is_there(pixel, block)) return {};
+    return load_once(from + place(pixel, block));
   }
 
   // A block of an output pixel: acc[4 * (4 * block + i) + offset] and the next are channels
   // 2 i and 2 i + 1 of the eight.
   template <int n>
-  DEVICE_INLINE void row(const float (&acc)[n], int offset, int pixel, int block,
-                         const float (&scale)[8], const float (&shift)[8],
-                         const Bytes16& residual) const {
+  DEVICE_INLINE void row(const float (&acc)[n], int offset, int pixel, int block, const Vectors& v,
+                         const Bytes16& residual, const Bytes16& z, Sums& sums) const {
     if (!is_there(pixel, block)) return;
     float y[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      y[i] = acc[4 * (4 * block + i / 2) + offset + i % 2] * scale[i] + shift[i];
-    if (out.residual != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Pair r = unpair(residual.words[i], T());
-        y[2 * i] += r.first;
-        y[2 * i + 1] += r.second;
-      }
+    for (int i = 0; i < 8; ++i) {
+      y[i] = acc[4 * (4 * block + i / 2) + offset + i % 2];
+      if constexpr (behind == Behind::affine) y[i] *= v.scale[i];
+      if constexpr (behind != Behind::gradient) y[i] += v.shift[i];
     }
-    if (out.act.leaky) {
+    if (behind != Behind::statistics && out.residual != nullptr) {
+      float r[8];
+      widen<T, 8>(residual, r);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] += r[i];
+    }
+    if (behind == Behind::affine && out.act.leaky) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = y[i] < 0.0f ? y[i] * out.act.slope : y[i];
     }
-    Bytes16 packed;
+    Bytes16 packed = narrow<T, 8>(y);
+    if (behind == Behind::affine) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      packed.words[i] = clamp(pair(y[2 * i], y[2 * i + 1], T()), out.act.low, out.act.high, T());
+      for (int i = 0; i < 4; ++i)
+        packed.words[i] = clamp(packed.words[i], out.act.low, out.act.high, T());
+    }
     *reinterpret_cast<Bytes16*>(out.output + place(pixel, block)) = packed;
+    if constexpr (behind != Behind::affine) {
+      widen<T, 8>(packed, y);  // as they are stored
+      add(y, v, z, sums);
+    }
   }
 
  private:
+  DEVICE_INLINE void add(float (&y)[8], const Vectors& v, const Bytes16& z, Sums& sums) const {
+    if constexpr (behind == Behind::statistics) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float d = y[i] - sums.origin[i];
+        sums.first[i] += d;
+        sums.second[i] += d * d;
+      }
+    } else {
+      float x[8], argument[8];
+      widen<T, 8>(z, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) argument[i] = normalized(x[i], v.mean[i], v.scale[i], v.bias[i]);
+      activate_backward<Act::linear>(y, argument, out.behind.act, out.behind.slope);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sums.first[i] += y[i];
+        sums.second[i] += y[i] * (x[i] - v.mean[i]);
+      }
+    }
+  }
+
   DEVICE_INLINE int64_t place(int pixel, int block) const {
     return static_cast<int64_t>(pixel) * out.channels + (column + 32 * block);
   }
@@ -88,23 +196,37 @@ struct Epilogue {
   }
 };
 
-// The rows of a thread's accumulators, two in each of `parts` tiles of matrix instructions. A
-// block's residual is loaded while the one before is stored, if registers suffice for two
-// (`ahead`).
-template <class T, int parts, int blocks, bool ahead>
+// The rows of a thread's accumulators, two in each of `parts` tiles of matrix instructions. What a
+// block reads is loaded while the one before is stored, if registers suffice for two (`ahead`).
+template <class T, Behind behind, int parts, int blocks, bool ahead>
 struct EpilogueRows {
-  Epilogue<T> epilogue;
-  int pixel[parts][2];         // of the output, or -1
-  Bytes16 residual[parts][2];  // of the block that comes next
+  using Of = Epilogue<T, behind>;
+  using Totals = ChannelTotals<behind, blocks>;
+  static constexpr bool kGradient = behind == Behind::gradient;
 
-  DEVICE_INLINE EpilogueRows(const ConvOutput<T>& out, int first_column, int lane)
-      : epilogue(out, first_column, lane) {}
+  struct Read {
+    Bytes16 residual, z;
+  };
+
+  Of epilogue;
+  int lane;
+  int pixel[parts][2];  // of the output, or -1
+  Read read[parts][2];  // of the block that comes next
+
+  DEVICE_INLINE EpilogueRows(const ConvOutput<T>& out, const float* staged, int first_column,
+                             int thread)
+      : epilogue(out, staged, first_column, thread), lane(thread % 32) {}
 
   DEVICE_INLINE void load(int block) {
+    if constexpr (behind != Behind::statistics) {
 #pragma unroll
-    for (int h = 0; h < parts; ++h) {
+      for (int h = 0; h < parts; ++h) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) residual[h][j] = epilogue.residual(pixel[h][j], block);
+        for (int j = 0; j < 2; ++j) {
+          read[h][j].residual = epilogue.read(epilogue.out.residual, pixel[h][j], block);
+          if (kGradient) read[h][j].z = epilogue.read(epilogue.out.z, pixel[h][j], block);
+        }
+      }
     }
   }
 
@@ -114,21 +236,51 @@ struct EpilogueRows {
   }
 
   template <int n>
-  DEVICE_INLINE void store(const float (&acc)[parts][n]) {
+  DEVICE_INLINE void store(const float (&acc)[parts][n], Totals& totals) {
+    int first_pass = 1;
+    float pixels = 0;
+    if constexpr (behind == Behind::statistics) {
+#pragma unroll
+      for (int h = 0; h < parts; ++h) pixels += (pixel[h][0] >= 0) + (pixel[h][1] >= 0);
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) pixels += shuffle_xor(pixels, mask);
+      if (totals.pixels == 0) first_pass = 0;
+      totals.pixels += pixels;
+    }
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
       if (!ahead) load(block);
-      Bytes16 now[parts][2];
+      Read now[parts][2];
 #pragma unroll
-      for (int h = 0; h < parts; ++h) now[h][0] = residual[h][0], now[h][1] = residual[h][1];
+      for (int h = 0; h < parts; ++h) now[h][0] = read[h][0], now[h][1] = read[h][1];
       if (ahead && block + 1 < blocks) load(block + 1);
-      float scale[8], shift[8];
-      epilogue.vectors(block, scale, shift);
+      const typename Of::Vectors vectors(epilogue, block);
+      // A warp that has no origin yet goes through its first tile twice.
+#pragma unroll 1
+      for (int pass = first_pass; pass < 2; ++pass) {
+        typename Of::Sums sums;
+        if constexpr (behind == Behind::statistics) {
 #pragma unroll
-      for (int h = 0; h < parts; ++h) {
+          for (int i = 0; i < 8; ++i)
+            sums.origin[i] = shuffle(totals.origin[block], Totals::keeper(i, lane));
+        }
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          epilogue.row(acc[h], 2 * j, pixel[h][j], block, scale, shift, now[h][j]);
+        for (int h = 0; h < parts; ++h) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            epilogue.row(acc[h], 2 * j, pixel[h][j], block, vectors, now[h][j].residual,
+                         now[h][j].z, sums);
+        }
+        if constexpr (behind != Behind::affine) {
+          const float first = add_lanes(sums.first, lane), second = add_lanes(sums.second, lane);
+          if (pass == 0) {
+            const float mean = to_float(rounded<T>(first / pixels));
+            totals.origin[block] = mean - mean == 0 ? mean : 0;  // not NaN or infinite
+          } else {
+            totals.first[block] += first;
+            totals.second[block] += second;
+          }
+        }
       }
     }
   }

@@ -5,6 +5,9 @@
 // comes `kAhead` steps before it is read, and with a stage's first tap comes the stage's tile of
 // the input. Warps are 4 in rows by 2 in columns, 32 rows by columns / 2 each; fragments come by
 // ldmatrix, whose 8 rows of 16 bytes are 128 bytes in a row at any shift.
+//
+// In evaluation a block has one tile. In training blocks go on, and stay with a column tile, so
+// that a warp keeps what it knows of its channels.
 #pragma once
 
 #include "conv_epilogue.cuh"
@@ -15,13 +18,18 @@ constexpr int kMmaThreads = 256;
 constexpr int kMmaRows = 128;
 constexpr int kAhead = 3;
 
-template <class T, int columns>
+template <class T, Behind behind, int columns>
 struct ConvMma {
   static constexpr int kWeightBytes = kPlanes * columns * 16;
   static constexpr int kBlocks = columns / 2 / 8;  // of 8 columns, in a warp
+  static constexpr int kWarps = kMmaThreads / 32;
+  static constexpr int kTableRows = kWarps / 2;  // of a block: warps below each other
+
+  using Totals = ChannelTotals<behind, columns / 2 / 32>;
 
   const ConvArguments<T>& a;
   int column_tile, first_place;
+  float* norm;  // of the input, or behind
   unsigned char* inputs;
   unsigned char* weights;
 
@@ -29,7 +37,8 @@ struct ConvMma {
       : a(arguments),
         column_tile(static_cast<int>(blockIdx.x % arguments.column_tiles)),
         first_place(static_cast<int>(blockIdx.x / arguments.column_tiles) * kMmaRows),
-        inputs(shared_memory()),
+        norm(reinterpret_cast<float*>(shared_memory())),
+        inputs(shared_memory() + arguments.norm_bytes),
         weights(inputs + arguments.input_slots * kPlanes * arguments.plane) {}
 
   // A place in the order of steps.
@@ -51,17 +60,22 @@ struct ConvMma {
     }
   };
 
+  // What a thread copies of a stage's input.
+  DEVICE_INLINE InputPiece piece(const Step& step) const {
+    const int plane = threadIdx.x % kPlanes;
+    const int within = step.chunk * kChunk + plane * kPlaneChannels;
+    return {step.phase,
+            first_place + a.geometry.least_shift,
+            kMmaRows + a.geometry.span,
+            a.first_channel(column_tile, columns) + within,
+            within < a.block_in,
+            inputs + (step.stage_slot * kPlanes + plane) * a.plane};
+  }
+
   DEVICE_INLINE void copy(const Step& step) const {
     const ConvGeometry& g = a.geometry;
     const int thread = threadIdx.x;
-    if (step.first_of_stage(g)) {
-      const int lane = thread % 32, plane = lane % kPlanes;
-      const int within = step.chunk * kChunk + plane * kPlaneChannels;
-      copy_places<kMmaThreads / 32>(
-          a, g.phase[step.phase], first_place + g.least_shift, kMmaRows + g.span,
-          a.first_channel(column_tile, columns) + within, within < a.block_in, thread / 32, lane,
-          inputs + (step.stage_slot * kPlanes + plane) * a.plane);
-    }
+    if (step.first_of_stage(g)) copy_places<kWarps>(a, piece(step), thread / 32, thread % 32);
     const int64_t block =
         (int64_t{column_tile} * a.chunks + step.chunk) * g.taps + g.tap[step.tap].weight;
     const unsigned char* const from =
@@ -72,7 +86,23 @@ struct ConvMma {
       cp_async_16(to + i + thread * 16, from + i + thread * 16, true);
   }
 
-  DEVICE_INLINE void run() const {
+  DEVICE_INLINE void run() {
+    Totals totals;
+    if (behind == Behind::affine) return run_tile(totals);
+    a.template stage_norm<behind>(norm);
+    sync_block();
+    const int step = static_cast<int>(gridDim.x) / a.column_tiles * kMmaRows;
+    for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, first_place += step) {
+      run_tile(totals);
+      sync_block();  // what was read is overwritten
+    }
+    const int warp = threadIdx.x / 32;
+    const int row = static_cast<int>(blockIdx.x) / a.column_tiles * kTableRows + warp / 2;
+    totals.write(a.out, row, column_tile * columns + warp % 2 * (columns / 2), threadIdx.x % 32);
+  }
+
+ private:
+  DEVICE_INLINE void run_tile(Totals& totals) const {
     const ConvGeometry& g = a.geometry;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = warp / 2 * 32, column = warp % 2 * (columns / 2);
@@ -89,6 +119,8 @@ struct ConvMma {
     }
     for (int i = 0; i < steps; ++i) {
       cp_async_wait<kAhead - 1>();
+      if (behind == Behind::statistics && a.normalizes && step.first_of_stage(g))
+        normalize_places<kWarps>(a, piece(step), threadIdx.x / 32, lane, norm);
       sync_block();  // the step's data are there, and nobody reads the slots copied into next
       if (i + kAhead < steps) {
         copy(copied);
@@ -121,10 +153,9 @@ struct ConvMma {
       step.next(a);
     }
     cp_async_wait<0>();
-    store(acc, row, column, lane);
+    store(acc, row, column, lane, totals);
   }
 
- private:
   DEVICE_INLINE static void multiply(float (&acc)[4 * kBlocks], int first, const uint32_t (&x)[4],
                                      const uint32_t (&w)[2]) {
     float d[4];
@@ -135,29 +166,31 @@ struct ConvMma {
     for (int i = 0; i < 4; ++i) acc[first + i] = d[i];
   }
 
-  DEVICE_INLINE void store(const float (&acc)[2][4 * kBlocks], int row, int column,
-                           int lane) const {
+  DEVICE_INLINE void store(const float (&acc)[2][4 * kBlocks], int row, int column, int lane,
+                           Totals& totals) const {
     // Where the tile is, told anew: kept during the products, it would be spilled.
     const int block_index = shuffle(static_cast<int>(blockIdx.x), 0);
     const int column_tile = block_index % a.column_tiles;
-    const int first_place = block_index / a.column_tiles * kMmaRows;
-    EpilogueRows<T, 2, columns / 2 / 32, false> rows(a.out, column_tile * columns + column, lane);
+    const int first =
+        behind == Behind::affine ? block_index / a.column_tiles * kMmaRows : first_place;
+    EpilogueRows<T, behind, 2, columns / 2 / 32, false> rows(a.out, norm,
+                                                             column_tile * columns + column, lane);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int64_t at = int64_t{first_place} + row + m * 16 + lane / 4 + j * 8;
+        const int64_t at = int64_t{first} + row + m * 16 + lane / 4 + j * 8;
         rows.pixel[m][j] = a.geometry.out_pixel(at);
       }
     }
-    rows.store(acc);
+    rows.store(acc, totals);
   }
 };
 
-template <class T, int columns>
+template <class T, Behind behind, int columns>
 __global__ void __launch_bounds__(kMmaThreads, 2)
     conv_mma_kernel(const __grid_constant__ ConvArguments<T> arguments) {
-  ConvMma<T, columns>(arguments).run();
+  ConvMma<T, behind, columns>(arguments).run();
 }
 
 }  // namespace resnet_fused::cuda

@@ -12,6 +12,9 @@
 // taps of a 3x3 convolution read the same tile at nine starts: input is read from L2 (1 + span /
 // rows) times instead of nine times, and neither an im2col matrix nor a tensor map exists.
 //
+// In training (Behind) a warp keeps what it knows of its channels from tile to tile, so a block
+// must stay with its column tile: there are a multiple of `column_tiles` of them.
+//
 // Moved: input, weights, residual and output once each where the tiles of one input run together;
 // eager PyTorch moves the output five times more (convolution, batch norm, add, relu).
 #pragma once
@@ -64,21 +67,24 @@ struct Stages {
   }
 };
 
-template <class T, int columns, int parts, bool alternate>
+template <class T, Behind behind, int columns, int parts, bool alternate>
 struct ConvWgmma {
   static constexpr int kRows = (alternate ? 1 : 2) * 64 * parts;
   static constexpr int kRings = alternate ? 2 : 1;  // of input slots
   static constexpr int kWeightBytes = kPlanes * columns * 16;
+  static constexpr int kTableRows = 8;  // of a block: warps
 
   const ConvArguments<T>& a;
   ConvBarriers* barriers;
+  float* norm;  // of the input, or behind
   unsigned char* inputs;
   unsigned char* weights;
 
   DEVICE_INLINE explicit ConvWgmma(const ConvArguments<T>& arguments)
       : a(arguments),
         barriers(reinterpret_cast<ConvBarriers*>(shared_memory())),
-        inputs(shared_memory() + kBarrierBytes),
+        norm(reinterpret_cast<float*>(shared_memory() + kBarrierBytes)),
+        inputs(shared_memory() + kBarrierBytes + arguments.norm_bytes),
         weights(inputs + kRings * arguments.input_slots * kPlanes * arguments.plane) {}
 
   DEVICE_INLINE void init() const {
@@ -93,45 +99,81 @@ struct ConvWgmma {
       }
       mbarrier_init_done();
     }
+    a.template stage_norm<behind>(norm);
     sync_block();
   }
 
+  // A stage of a tile, as a thread loads it.
+  struct Load {
+    const ConvArguments<T>& a;
+    int plane;
+    Stages<kRings> turn;
+    int64_t tile;
+    int chunk = 0, phase = 0;
+    int first, base;  // place and channel
+
+    DEVICE_INLINE Load(const ConvArguments<T>& arguments, int thread)
+        : a(arguments),
+          plane(thread % kPlanes),
+          turn{arguments.input_slots, arguments.chunks * arguments.geometry.phases},
+          tile(blockIdx.x) {
+      find_tile();
+    }
+
+    DEVICE_INLINE void next() {
+      turn.next();
+      if (++phase < a.geometry.phases) return;
+      phase = 0;
+      if (++chunk < a.chunks) return;
+      chunk = 0;
+      tile += gridDim.x;
+      if (tile < a.tiles) find_tile();
+    }
+
+    DEVICE_INLINE InputPiece piece(unsigned char* inputs) const {
+      const int within = chunk * kChunk + plane * kPlaneChannels;
+      return {phase,
+              first,
+              kRows + a.geometry.span,
+              base + within,
+              within < a.block_in,
+              inputs + (turn.slot() * kPlanes + plane) * a.plane};
+    }
+
+   private:
+    DEVICE_INLINE void find_tile() {
+      const int column_tile = static_cast<int>(tile % a.column_tiles);
+      first = static_cast<int>(tile / a.column_tiles) * kRows + a.geometry.least_shift;
+      base = a.first_channel(column_tile, columns);
+    }
+  };
+
   DEVICE_INLINE void load_inputs(int thread) const {
-    const ConvGeometry& g = a.geometry;
-    const int lane = thread % 32, warp = thread / 32, plane = lane % kPlanes;
-    unsigned char* const column = inputs + plane * a.plane;
-    Stages<kRings> turn{a.input_slots, a.chunks * g.phases}, told = turn;
+    const int lane = thread % 32, warp = thread / 32;
+    Load load(a, thread), told = load;
     int untold = 0;  // slots whose copies are under way
     const auto tell = [&] {
+      if (behind == Behind::statistics && a.normalizes)
+        normalize_places<3>(a, told.piece(inputs), warp, lane, norm);
       fence_async();
-      mbarrier_arrive(&barriers->input_full[told.slot()]);
+      mbarrier_arrive(&barriers->input_full[told.turn.slot()]);
       told.next();
       --untold;
     };
-    for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
-      const int column_tile = static_cast<int>(tile % a.column_tiles);
-      const int first = static_cast<int>(tile / a.column_tiles) * kRows + g.least_shift;
-      const int base = a.first_channel(column_tile, columns);
-      for (int chunk = 0; chunk < a.chunks; ++chunk) {
-        const int within = chunk * kChunk + plane * kPlaneChannels;
-        for (int phase = 0; phase < g.phases; ++phase) {
-          Mbarrier* const empty = &barriers->input_empty[turn.slot()];
-          const int free = turn.parity() ^ 1;
-          if (untold > 0 && !mbarrier_ready(empty, free)) {
-            // Whoever is to empty the slot may be waiting for these.
-            cp_async_wait<0>();
-            while (untold > 0) tell();
-          }
-          mbarrier_wait(empty, free);
-          copy_places<3>(a, g.phase[phase], first, kRows + g.span, base + within,
-                         within < a.block_in, warp, lane, column + turn.slot() * kPlanes * a.plane);
-          cp_async_commit();
-          turn.next();
-          if (++untold > 2) {
-            cp_async_wait<2>();
-            tell();
-          }
-        }
+    for (; load.tile < a.tiles; load.next()) {
+      Mbarrier* const empty = &barriers->input_empty[load.turn.slot()];
+      const int free = load.turn.parity() ^ 1;
+      if (untold > 0 && !mbarrier_ready(empty, free)) {
+        // Whoever is to empty the slot may be waiting for these.
+        cp_async_wait<0>();
+        while (untold > 0) tell();
+      }
+      mbarrier_wait(empty, free);
+      copy_places<3>(a, load.piece(inputs), warp, lane);
+      cp_async_commit();
+      if (++untold > 2) {
+        cp_async_wait<2>();
+        tell();
       }
     }
     cp_async_wait<0>();
@@ -172,6 +214,7 @@ struct ConvWgmma {
     const int first_row = alternate ? 0 : half * parts * 64;
     const int64_t begin = blockIdx.x + (alternate ? half * static_cast<int64_t>(gridDim.x) : 0);
     Turn input(a.input_slots), weight(a.weight_slots);
+    ChannelTotals<behind, columns / 32> totals;
     for (int64_t tile = begin; tile < a.tiles; tile += kRings * static_cast<int64_t>(gridDim.x)) {
       Rows output = rows_of(tile, first_row, thread);
       float acc[parts][columns / 2] = {};
@@ -215,7 +258,13 @@ struct ConvWgmma {
 #pragma unroll
       for (int h = 0; h < parts; ++h) wgmma_hold(acc[h]);
       if (thread == 0) release(done_input, done_weight);
-      output.store(acc);
+      output.store(acc, totals);
+    }
+    if (behind != Behind::affine) {
+      const int column_tile = static_cast<int>(blockIdx.x % a.column_tiles);
+      const int row = static_cast<int>(blockIdx.x / a.column_tiles) * kTableRows;
+      totals.write(a.out, row + half * (kTableRows / 2) + thread / 32, column_tile * columns,
+                   thread % 32);
     }
   }
 
@@ -225,14 +274,14 @@ struct ConvWgmma {
     if (weight != nullptr) mbarrier_arrive(weight);
   }
 
-  using Rows = EpilogueRows<T, parts, columns / 32, (parts < 4)>;
+  using Rows = EpilogueRows<T, behind, parts, columns / 32, (parts < 4)>;
 
   // The rows of a tile that a thread writes, with what they begin with.
   DEVICE_INLINE Rows rows_of(int64_t tile, int first_row, int thread) const {
     const int column_tile = static_cast<int>(tile % a.column_tiles);
     const int64_t row =
         tile / a.column_tiles * kRows + first_row + thread / 32 * 16 + thread % 32 / 4;
-    Rows rows(a.out, column_tile * columns, thread);
+    Rows rows(a.out, norm, column_tile * columns, thread);
 #pragma unroll
     for (int h = 0; h < parts; ++h) {
 #pragma unroll
@@ -243,22 +292,22 @@ struct ConvWgmma {
   }
 };
 
-template <class T, int columns, int parts, bool alternate>
+template <class T, Behind behind, int columns, int parts, bool alternate>
 __global__ void __launch_bounds__(kWgmmaThreads, 1)
     conv_wgmma_kernel(const __grid_constant__ ConvArguments<T> arguments) {
 #ifdef RESNET_FUSED_SM90
-  const ConvWgmma<T, columns, parts, alternate> conv(arguments);
+  const ConvWgmma<T, behind, columns, parts, alternate> conv(arguments);
   conv.init();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
-    give_registers<88>();
+    give_registers<80>();
     if (threadIdx.x < kInputThreads) {
       conv.load_inputs(threadIdx.x);
     } else if (threadIdx.x == kInputThreads) {
       conv.load_weights();
     }
   } else {
-    take_registers<208>();
+    take_registers<216>();
     conv.multiply(warpgroup - 1);
   }
 #endif

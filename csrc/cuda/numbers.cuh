@@ -60,20 +60,27 @@ DEVICE_INLINE void widen(const Raw<T, n>& raw, compute_t<T> (&to)[n]) {
   for (int i = 0; i < n; ++i) to[i] = to_float(numbers[i]);
 }
 
+// As they lie in 16 bytes.
+template <class T, int n>
+DEVICE_INLINE Bytes16 narrow(const compute_t<T> (&values)[n]) {
+  static_assert(n > 1 && n == kVector<T>);
+  Bytes16 bytes;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      bytes.words[i] = pair(values[2 * i], values[2 * i + 1], narrowed<T>(0));
+  } else {
+    std::memcpy(bytes.words, values, sizeof(bytes));
+  }
+  return bytes;
+}
+
 template <class T, int n>
 DEVICE_INLINE void store(T* to, const compute_t<T> (&values)[n]) {
   if constexpr (n == 1) {
     *to = narrowed<T>(values[0]);
   } else {
-    Bytes16 bytes;
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        bytes.words[i] = pair(values[2 * i], values[2 * i + 1], narrowed<T>(0));
-    } else {
-      std::memcpy(bytes.words, values, sizeof(bytes));
-    }
-    store_16(to, bytes);
+    store_16(to, narrow<T, n>(values));
   }
 }
 

@@ -146,7 +146,9 @@ struct StemConv {
   DEVICE_INLINE void store(const float (&acc)[kStemLines][kStemColumns / 2], int64_t image, int y0,
                            int x0, int lane) const {
     const int first_column = static_cast<int>(blockIdx.y) * kStemColumns;
-    EpilogueRows<T, kStemLines, kStemColumns / 32, false> rows(a.out, first_column, lane);
+    EpilogueRows<T, Behind::affine, kStemLines, kStemColumns / 32, false> rows(a.out, nullptr,
+                                                                               first_column, lane);
+    ChannelTotals<Behind::affine, kStemColumns / 32> totals;
 #pragma unroll
     for (int m = 0; m < kStemLines; ++m) {
 #pragma unroll
@@ -157,7 +159,7 @@ struct StemConv {
         rows.pixel[m][j] = inside ? pixel : -1;
       }
     }
-    rows.store(acc);
+    rows.store(acc, totals);
   }
 };
 

@@ -8,7 +8,7 @@ at a time, 8 of them together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ from resnet_fused.backends import native_cuda
 from resnet_fused.conv_choice import ConvProblem
 from resnet_fused.ops.schema import groups_together
 
+Step = Literal["inference", "forward", "gradient"]
+"""Evaluation; training's forward, with statistics; the gradient of act(bn(z)), with its sums."""
+
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")
 
 _CHUNK = 64  # input channels that are multiplied at once
 _PLANE = 8  # of them in 16 bytes
 _MOST_TAPS, _MOST_PHASES = 49, 4
 _SHARED_BYTES = 227 << 10
+_NORM_BYTES = 12  # of a channel
 _HOPPER = ("wgmma", "pingpong")
 _MOST_RESIDENT = 16  # blocks of weights
 _STEM_CHANNELS = 3
@@ -59,14 +63,34 @@ ALGORITHMS = (
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 
 
-def candidates(problem: ConvProblem, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
-    """The algorithms that can run a problem by code for compute capability `arch`."""
+_WITHOUT: dict[Step, set[str]] = {
+    "inference": set(),
+    "forward": {"pingpong_256x64", "pingpong_128x128", "mma_128x128", STEM.name},
+}
+_WITHOUT["gradient"] = {"wgmma_256x128", *_WITHOUT["forward"]}
+"""Where registers do not suffice for what training keeps (csrc/cuda/conv_launch.cuh)."""
+
+
+def candidates(
+    problem: ConvProblem, dtype: torch.dtype, arch: int, step: Step = "inference"
+) -> tuple[str, ...]:
+    """The algorithms that can run a problem by code for compute capability `arch`.
+
+    Args:
+        problem: of the gradient, the convolution that makes it.
+    """
     if not native_cuda.available or dtype not in (torch.float16, torch.bfloat16):
         return ()
-    return tuple(a.name for a in ALGORITHMS if _takes(a, problem, arch))
+    normalised = {"inference": 0, "forward": problem.channels, "gradient": problem.out_channels}
+    room = _SHARED_BYTES - _NORM_BYTES * normalised[step]
+    return tuple(
+        a.name
+        for a in ALGORITHMS
+        if a.name not in _WITHOUT[step] and _takes(a, problem, arch, room)
+    )
 
 
-def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int) -> bool:
+def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, room: int) -> bool:
     if arch < 80 or (algorithm.kernel in _HOPPER and arch != 90):
         return False
     if algorithm is STEM:
@@ -89,12 +113,12 @@ def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int) -> bool:
         and block is not None
         and block * (problem.channels // problem.groups) % _PLANE == 0
         and (algorithm.columns == 64 or algorithm.columns < 2 * problem.out_channels)
-        and _fits(algorithm, problem, block)
+        and _fits(algorithm, problem, block, room)
     )
 
 
-def _fits(algorithm: Algorithm, problem: ConvProblem, block: int) -> bool:
-    """Whether shared memory has room for what a tile reads."""
+def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, room: int) -> bool:
+    """Whether so many bytes of shared memory have room for what a tile reads."""
     (height, width), (down, right) = problem.kernel, problem.dilation
     pitch = problem.size[1] + width * right
     places = algorithm.rows + (height - 1) * down * pitch + (width - 1) * right + 8
@@ -110,7 +134,7 @@ def _fits(algorithm: Algorithm, problem: ConvProblem, block: int) -> bool:
         tiles = 2 if chunks == 1 and problem.stride == (1, 1) else 4
     per_place, per_column = 2 * _CHUNK, 2 * _CHUNK
     needed = tiles * places * per_place + weights * algorithm.columns * per_column
-    return needed + 1024 <= _SHARED_BYTES
+    return needed + 1024 + 128 <= room
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,15 +148,19 @@ class Packed:
     groups: int
 
     @classmethod
-    def of(cls, weight: Tensor, groups: int, algorithm: str) -> Packed:
-        """Pack the weight for an algorithm of :data:`BY_NAME`."""
+    def of(cls, weight: Tensor, groups: int, algorithm: str, *, turned: bool = False) -> Packed:
+        """Pack the weight for an algorithm of :data:`BY_NAME`.
+
+        Args:
+            turned: for the convolution that makes the input's gradient.
+        """
         kernel = weight.shape[2], weight.shape[3]
         chosen = BY_NAME[algorithm]
         if chosen is STEM:
             numbers = pack_stem(weight)
         else:
-            numbers = torch.ops.resnet_fused._cuda_pack(weight, groups, chosen.columns, False)
-        return cls(numbers, algorithm, weight.shape[0], kernel, groups)
+            numbers = torch.ops.resnet_fused._cuda_pack(weight, groups, chosen.columns, turned)
+        return cls(numbers, algorithm, weight.shape[1 if turned else 0], kernel, groups)
 
     def __call__(
         self,

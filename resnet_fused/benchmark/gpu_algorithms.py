@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from resnet_fused import tuning_cache
 from resnet_fused.api import fuse
 from resnet_fused.backends import cuda_conv
-from resnet_fused.backends.triton import configs, support
+from resnet_fused.backends.triton import support
 from resnet_fused.conv_choice import LIBRARY, ConvProblem
 from resnet_fused.graph.observe import conv_inputs
-from resnet_fused.ops import gpu, gpu_choice
+from resnet_fused.ops import gpu, gpu_choice, gpu_train
 from resnet_fused.ops.gpu_choice import Kind
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.packing import conv_padding
@@ -240,10 +240,7 @@ def _train_output(name: str, d: _Data, norm: Sequence[Any] | None = None) -> Cal
 
     if name == LIBRARY:
         return library
-    return partial(
-        gpu.kernels("conv_bn_act").train_conv, d.x, norm, d.weight, None, *d.geometry,
-        configs.BY_NAME[name], d.precision,
-    )  # fmt: skip
+    return partial(gpu_train.forward, d.x, norm, d.weight, None, d.geometry, name)
 
 
 def _train_behind_norm(name: str, d: _Data) -> Call:
@@ -251,13 +248,8 @@ def _train_behind_norm(name: str, d: _Data) -> Call:
 
 
 def _train_input(name: str, d: _Data) -> Call:
-    stride, padding, dilation, groups = d.geometry
-
     def library() -> tuple[Tensor, ...]:
-        grad_x, _, _ = torch.ops.aten.convolution_backward(
-            d.grad, d.x, d.weight, None, stride, padding, dilation, False, [0, 0], groups,
-            [True, False, False],
-        )  # fmt: skip
+        grad_x = _library_gradient(d)
         _, *sums = torch.ops.resnet_fused.bn_act_backward_sums(
             grad_x, d.x, None, None, *d.norm, False
         )
@@ -265,10 +257,22 @@ def _train_input(name: str, d: _Data) -> Call:
 
     if name == LIBRARY:
         return library
-    return partial(
-        gpu.kernels("conv_bn_act").train_conv_backward_input, d.grad, d.weight, padding, dilation,
-        None, d.x, d.norm, configs.BY_NAME[name], d.precision,
-    )  # fmt: skip
+    return partial(gpu_train.backward_input, d.grad, d.x, d.norm, d.weight, None, d.geometry, name)
+
+
+def _train_tensor_input(name: str, d: _Data) -> Call:
+    """With what a block adds to its input's gradient; any tensor of that shape will do."""
+    if name == LIBRARY:
+        return lambda: _library_gradient(d) + d.x
+    return partial(gpu_train.backward_tensor_input, d.grad, d.weight, d.x, d.geometry, name)
+
+
+def _library_gradient(d: _Data) -> Tensor:
+    stride, padding, dilation, groups = d.geometry
+    return torch.ops.aten.convolution_backward(
+        d.grad, d.x, d.weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [True, False, False],
+    )[0]  # fmt: skip
 
 
 _MAKE: dict[Kind, Callable[[str, _Data], Call]] = {
@@ -276,4 +280,5 @@ _MAKE: dict[Kind, Callable[[str, _Data], Call]] = {
     "train_output": _train_output,
     "train_behind_norm": _train_behind_norm,
     "train_input": _train_input,
+    "train_tensor_input": _train_tensor_input,
 }

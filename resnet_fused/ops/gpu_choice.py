@@ -19,13 +19,23 @@ import torch
 from torch import Tensor
 
 from resnet_fused import tuning_cache
-from resnet_fused.backends import cuda_conv, native_cuda
+from resnet_fused.backends import cuda_conv, gpu_kernels, native_cuda
 from resnet_fused.backends.triton import configs, support
 from resnet_fused.conv_choice import LIBRARY, ConvProblem, TrainingAlgorithms, turned
 from resnet_fused.ops.schema import is_channels_last
 
-Kind = Literal["inference", "train_output", "train_behind_norm", "train_input"]
-"""Evaluation; training's forward, of a tensor or of act(bn(tensor)); the input's gradient."""
+Kind = Literal[
+    "inference", "train_output", "train_behind_norm", "train_input", "train_tensor_input"
+]
+"""Evaluation; training's forward, of a tensor or of act(bn(tensor)); the gradient of such an
+act(bn(tensor)) or of a tensor.
+"""
+
+_STEPS: dict[Kind, cuda_conv.Step] = {
+    "train_output": "forward",
+    "train_behind_norm": "forward",
+    "train_input": "gradient",
+}
 
 MOST_PIXELS = 2**31 - 256
 """Output pixels (N · H · W) that a kernel can count, with a tile that reaches past the end; offsets
@@ -75,16 +85,17 @@ def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) ->
         return (LIBRARY,)
     if kind != "inference" and dtype == torch.float32:  # the epilogues' registers do not suffice
         return (LIBRARY,)
-    if kind == "train_input":
+    if kind in ("train_input", "train_tensor_input"):
         if problem.stride != (1, 1) or problem.groups > 1:
             return (LIBRARY,)
         problem = turned(problem)
         if min(problem.padding) < 0:
             return (LIBRARY,)
+    step, code = _STEPS.get(kind, "inference"), native_cuda.code_for(arch)
+    compiled = cuda_conv.candidates(problem, dtype, code, step)
+    if kind == "train_tensor_input":  # Triton's gathers what a batch norm wants
+        return LIBRARY, *compiled
     found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))
-    compiled: tuple[str, ...] = ()
-    if kind == "inference":
-        compiled = cuda_conv.candidates(problem, dtype, native_cuda.code_for(arch))
     return LIBRARY, *compiled, *(config.name for config in found)
 
 
@@ -122,6 +133,8 @@ def choose(
     name = _chosen(kind, problem, input.dtype, precision(input.dtype), device)
     if not forced or name in configs.BY_NAME:
         return name
+    if kind == "train_tensor_input":
+        return LIBRARY
     allowed = admitted(kind, problem, input.dtype, support.architecture(device))
     tiles = [n for n in allowed if n in configs.BY_NAME]
     if not tiles:
@@ -162,23 +175,22 @@ def _chosen(
 
 
 def choose_training(
-    input: Tensor, weight: Tensor, geometry: tuple[Any, ...], *, behind_norm: bool
+    input: Tensor, weight: Tensor, geometry: tuple[Any, ...], *, act: str | None
 ) -> TrainingAlgorithms:
     """What computes a convolution in training, its input's and its weight's gradient.
 
     Args:
-        behind_norm: the convolution reads act(bn(input)).
+        act: the convolution reads act(bn(input)); None if it reads the input itself.
     """
-    if support.unusable(input) is not None:
+    if gpu_kernels.unusable(input) is not None:
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
-    if not behind_norm:
-        output = choose("train_output", input, weight, *geometry)
-        return TrainingAlgorithms(output, LIBRARY, LIBRARY)
-    return TrainingAlgorithms(
-        choose("train_behind_norm", input, weight, *geometry),
-        choose("train_input", input, weight, *geometry),
-        LIBRARY,
-    )
+    kinds: tuple[Kind, Kind] = ("train_behind_norm", "train_input")
+    if act is None:
+        kinds = "train_output", "train_tensor_input"
+    output, gradient = (choose(kind, input, weight, *geometry) for kind in kinds)
+    if act is not None and act not in cuda_conv.ACTIVATIONS:
+        output, gradient = (LIBRARY if n in cuda_conv.BY_NAME else n for n in (output, gradient))
+    return TrainingAlgorithms(output, gradient, LIBRARY)
 
 
 @functools.cache

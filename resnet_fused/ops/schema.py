@@ -99,6 +99,23 @@ _library.define(
     "_cuda_pack(Tensor weight, int groups, int columns, bool turned) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# A convolution in training by such a kernel, and the mean and biased variance of its output's
+# channels: conv(act(bn(input))), or conv(input) without `vectors` (those of _train_pool below).
+# `geometry` is stride, padding and dilation, two numbers each.
+_library.define(
+    "_cuda_train_conv(Tensor input, Tensor[] vectors, float eps, str act, float negative_slope, "
+    "Tensor weight, Tensor? bias, int[] geometry, int groups, str algorithm) "
+    "-> (Tensor output, Tensor mean, Tensor var)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The gradient of act(bn(z)) where its convolution, of stride 1 and one group, has gradient `grad`,
+# plus the residual; and those of bn's weight and bias.
+_library.define(
+    "_cuda_train_conv_input(Tensor grad, Tensor z, Tensor[] vectors, float eps, str act, "
+    "float negative_slope, Tensor weight, Tensor? residual, int[] geometry, str algorithm) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # Max-pooling of channels_last images; `window` is kernel_size, stride, padding and dilation, two
 # numbers each, and `positions` are places in it, kernel width · row + column, uint8.
 _library.define(
@@ -220,6 +237,21 @@ def _(weight, groups, columns, turned):
     piece = 16 // weight.element_size()
     chunks = -(-together * channels // (8 * piece))
     return weight.new_empty(-(-outputs // columns), chunks, height * width, 8, columns, piece)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_cuda_train_conv", lib=_library)
+def _(input, vectors, eps, act, slope, weight, bias, geometry, groups, algorithm):
+    size = conv_output_size(input.shape, weight, *(geometry[i : i + 2] for i in (0, 2, 4)))
+    output = input.new_empty(size).contiguous(memory_format=torch.channels_last)
+    mean = output.new_empty(size[1], dtype=statistics_dtype(input.dtype))
+    return output, mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::_cuda_train_conv_input", lib=_library)
+def _(grad, z, vectors, eps, act, slope, weight, residual, geometry, algorithm):
+    sums = z.new_empty(z.shape[1], dtype=statistics_dtype(z.dtype))
+    grad_input = z.new_empty(z.shape).contiguous(memory_format=torch.channels_last)
+    return grad_input, sums, torch.empty_like(sums)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)

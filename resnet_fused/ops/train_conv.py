@@ -177,8 +177,8 @@ def choose(source: Source, conv: Conv) -> TrainingAlgorithms:
     """What runs the three parts of a convolution in training."""
     x = data_of(source)
     if support.on_gpu(x) and is_channels_last(x):
-        behind_norm = isinstance(source, Normalised)
-        return gpu_choice.choose_training(x, conv.weight, conv[2:6], behind_norm=behind_norm)
+        act = source.act if isinstance(source, Normalised) else None
+        return gpu_choice.choose_training(x, conv.weight, conv[2:6], act=act)
     if not x.is_cpu or not is_channels_last(x):
         return _ALL_LIBRARY
     if conv.algorithms is not None:
@@ -257,12 +257,14 @@ def backward(
     grad_input = grad_weight = sums = None
     if support.on_gpu(data):
         gradient = _computed(gradient)
-        if needs_input and chosen.input != LIBRARY and isinstance(source, Normalised):
-            grad_input, *both = gpu_train.backward_input(
-                gradient, source.z, source[1:], conv.parameters(data.dtype)[0], residual,
-                conv[2:6], chosen.input,
-            )  # fmt: skip
-            sums = Sums(*both)
+        if needs_input and chosen.input != LIBRARY:
+            weight = conv.parameters(data.dtype)[0]
+            rest: Any = weight, residual, conv[2:6], chosen.input
+            if isinstance(source, Normalised):
+                grad_input, *both = gpu_train.backward_input(gradient, source.z, source[1:], *rest)
+                sums = Sums(*both)
+            else:
+                grad_input = gpu_train.backward_tensor_input(gradient, *rest)
     own_input = needs_input and not support.on_gpu(data) and chosen.input != LIBRARY
     own_weight = needs_weight and chosen.weight != LIBRARY
     library = (
