@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_case import HAS_GPU
+from torch import Tensor
 
 from resnet_fused.backends import cuda_conv, native_cuda
 from resnet_fused.conv_choice import ConvProblem
@@ -42,10 +43,22 @@ def problem(shape: str) -> ConvProblem:
     return ConvProblem(n, c, (h, w), k, kernel, stride, padding, dilation, rest[4])
 
 
-def kernels(shape: str, monkeypatch: pytest.MonkeyPatch, kind: Kind = "inference") -> list[str]:
+def kernels(
+    shape: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind = "inference",
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[str]:
     """All that take a shape, where there is a library."""
     arch = 10 * torch.cuda.get_device_capability()[0] if HAS_GPU else 90
     monkeypatch.setattr(native_cuda, "available", True)
     monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
-    names = gpu_choice.admitted(kind, problem(shape), torch.bfloat16, arch)
+    monkeypatch.setattr(gpu_choice, "precision", lambda dtype: "tf32")
+    names = gpu_choice.admitted(kind, problem(shape), dtype, arch)
     return [name for name in names if name in cuda_conv.BY_NAME]
+
+
+def tf32(x: Tensor) -> Tensor:
+    """The nearest numbers with 10 bits of mantissa, the larger if two are."""
+    bits = x.view(torch.int32)
+    return torch.where(x.isfinite(), (bits + 0x1000) & -0x2000, bits).view(torch.float32)

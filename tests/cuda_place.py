@@ -26,13 +26,15 @@ COMPILED = (
 )  # fmt: skip
 """Operators of the compiled library that other backends have as well."""
 
+CONVOLUTIONS = ("_cuda_conv", "_cuda_pack", "_cuda_train_conv", "_cuda_train_conv_input")
+
 
 @pytest.fixture
 def compiled_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """How often each operator has run since; small tensors count as large ones."""
     monkeypatch.setattr(support, "LEAST_BLOCK_BYTES", 0)
     monkeypatch.setattr(support, "LEAST_STEP_BYTES", 0)
-    calls: dict[str, int] = dict.fromkeys(COMPILED, 0)
+    calls: dict[str, int] = dict.fromkeys(COMPILED + CONVOLUTIONS, 0)
     if HAS_GPU:
         with tensor_float_32(False):
             yield calls
@@ -57,7 +59,7 @@ def compiled_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one kernel in another's place is what is wanted
-        for name in COMPILED:
+        for name in calls:
             library.impl(name, counted(name), "CPU", allow_override=True)
         library.impl("conv_bn_act", gpu.conv_bn_act, "CPU", allow_override=True)
     yield calls

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from cuda_case import DEVICE, needs_cuda_kernels, operators
-from cuda_conv_case import SHAPES, kernels, problem
+from cuda_conv_case import SHAPES, kernels, problem, tf32
 from test_functional import noise
 from tolerance import assert_parity
 from torch import Tensor
@@ -66,29 +66,52 @@ class Call:
         tensors = (self.x, self.weight, scale, shift, residual)
         rest = (*self.geometry, self.problem.groups, *act)
         doubled = [None if t is None else t.double() for t in tensors]
+        if self.x.dtype == torch.float32:
+            tensors = (tf32(self.x), tf32(self.weight), scale, shift, residual)
         plain = reference.conv_bn_act(*tensors, *rest)
         exact = reference.conv_bn_act(*doubled, *rest)
         assert ours.is_contiguous(memory_format=torch.channels_last)
         assert_parity(ours, plain, exact, what=algorithm)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        pytest.param(shape, dtype, id=f"{shape}-{dtype}")
+        for shape in SHAPES
+        for dtype in (*DTYPES, torch.float32)
+        if not (dtype == torch.float32 and "stem" in shape)
+    ],
+)
 def test_every_kernel(shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(shape, dtype)
-    names = kernels(shape, monkeypatch)
+    names = kernels(shape, monkeypatch, dtype=dtype)
     assert names
     for name in names:
         call.check(name, call.scale, call.shift, call.residual, "relu", 0.0)
         call.check(name, None, call.shift, None, "none", 0.0)
 
 
+def test_float32_is_rounded_to_the_nearest_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both factors; cut off, as the chip does by itself, all would be too small."""
+    call = Call("1x1", torch.float32)
+    one = torch.eye(264, 136, device=DEVICE)[..., None, None]
+    for name in kernels("1x1", monkeypatch, dtype=torch.float32):
+        call.weight = one
+        y = call.ours(name, None, None, None, "none", 0.0)
+        assert torch.equal(y[:, :136], tf32(call.x)) and not y[:, 136:].any()
+        call.weight = call.scale[:, None, None, None] * one
+        y = call.ours(name, None, None, None, "none", 0.0)
+        assert torch.equal(y[:, :136], tf32(call.x) * tf32(call.scale)[:136, None, None])
+
+
 @pytest.mark.parametrize("act", cuda_conv.ACTIVATIONS)
 def test_activations(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert act in ACTS
-    call = Call("3x3", torch.float16)
-    for name in kernels("3x3", monkeypatch):
-        call.check(name, call.scale, None, call.residual, act, 0.1)
+    for dtype in (torch.float16, torch.float32):
+        call = Call("3x3", dtype)
+        for name in kernels("3x3", monkeypatch, dtype=dtype):
+            call.check(name, call.scale, None, call.residual, act, 0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels
+from cuda_conv_case import tf32
 from cuda_place import COMPILED, compiled_gpu
 from test_functional import noise
 from tolerance import assert_mean_parity, assert_parity, double_model
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from train_case import results, small, smooth, trained
 
 from resnet_fused import functional, fuse
-from resnet_fused.backends import native, native_cuda, reference
+from resnet_fused.backends import cuda_conv, native, native_cuda, reference
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import CONFIGS
+from resnet_fused.benchmark.measure import tensor_float_32
+from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.modules.batch_norm import update_all_running_statistics
 from resnet_fused.modules.max_pool import MaxPool
 from resnet_fused.ops import gpu, gpu_choice
+from resnet_fused.ops.gpu_choice import Kind
 
 pytestmark = [
     needs_cuda_kernels,
@@ -93,6 +97,88 @@ def test_training(kind: str, compiled_gpu: dict[str, int]) -> None:
         stem = kind == "stem"
         assert compiled_gpu["_update_running_statistics"] == 6  # one of each block
         assert compiled_gpu["_train_pool"] == compiled_gpu["_train_pool_sums"] == 6 * stem
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every convolution runs by the last of the compiled kernels that take it; for what, so far."""
+    used: set[str] = set()
+
+    def choose(kind: Kind, input: Tensor, weight: Tensor, *geometry: Any) -> str:
+        problem = gpu_choice.conv_problem(input.shape, weight.shape, *geometry)
+        arch = support.architecture(0) if HAS_GPU else 90
+        names = gpu_choice.admitted(kind, problem, input.dtype, arch)
+        compiled = [n for n in names if n in cuda_conv.BY_NAME]
+        if compiled:
+            used.add(kind)
+        return compiled[-1] if compiled else LIBRARY
+
+    monkeypatch.setattr(native_cuda, "available", True)
+    if not HAS_GPU:
+        monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
+    monkeypatch.setattr(gpu_choice, "choose", choose)
+    monkeypatch.setattr(gpu_choice, "generation", object())
+    return used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@EVERY_KIND
+def test_evaluation_by_compiled_convolutions(
+    kind: str, dtype: torch.dtype, compiled_gpu: dict[str, int], convolutions: set[str]
+) -> None:
+    """All but the stem's in float32."""
+    with tensor_float_32(True):
+        model, x = block(kind).eval().to(dtype), images(kind, dtype)
+        with torch.no_grad():
+            exact = double_model(model)(x.double())
+            rounded = copy.deepcopy(model)
+            if (
+                dtype == torch.float32
+            ):  # with the rounding of its factors, as eager PyTorch on a GPU
+                for conv in (m for m in rounded.modules() if isinstance(m, nn.Conv2d)):
+                    conv.weight.copy_(tf32(conv.weight))
+                    conv.register_forward_pre_hook(lambda _, args: tuple(map(tf32, args)))
+            assert_parity(fuse(model)(x), rounded(x), exact)
+    expected = set() if kind == "stem" and dtype == torch.float32 else {"inference"}
+    assert convolutions == expected
+    if not HAS_GPU:
+        assert bool(compiled_gpu["_cuda_conv"]) == bool(expected)
+
+
+def bent(model: nn.Module) -> nn.Module:
+    """The same with a leaky ReLU that bends little: rounding that decides a derivative changes it
+    by little.
+    """
+    for name, child in model.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(model, name, nn.LeakyReLU(0.9))
+        bent(child)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stem"])
+def test_training_by_compiled_convolutions(
+    kind: str, dtype: torch.dtype, compiled_gpu: dict[str, int], convolutions: set[str]
+) -> None:
+    draws = [
+        (bent(block(kind, seed)).train().to(dtype), images(kind, dtype, seed))
+        for seed in (1, 2, 3, 4)
+    ]
+    eager = [results(copy.deepcopy(model), x, torch.sin) for model, x in draws]
+    exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
+    for memory in ("default", "low"):
+        ours = [results(fuse(model, memory=memory), x, torch.sin) for model, x in draws]
+        assert ours[0].keys() == eager[0].keys()
+        for name in ours[0]:
+            rows = [[r[name] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
+            assert_mean_parity(rows, what=f"{kind}, {name}")
+    expected = {"train_output", "train_behind_norm", "train_input", "train_tensor_input"}
+    if kind == "basic down":  # all that read its input have stride 2
+        expected -= {"train_tensor_input"}
+    assert convolutions == expected
+    if not HAS_GPU:
+        assert compiled_gpu["_cuda_train_conv"] and compiled_gpu["_cuda_train_conv_input"]
 
 
 def test_running_statistics_of_a_bfloat16_model(compiled_gpu: dict[str, int]) -> None:

@@ -209,6 +209,13 @@ def test_conversions(ops: Any, dtype: torch.dtype):
     assert torch.equal(back, x.to(dtype).float())
 
 
+def test_clamping_a_float32(ops: Any):
+    x = torch.tensor([-3.0, -1.0, -0.5, -0.0, 2.0, 2.5, float("inf"), float("nan")])
+    out = torch.empty_like(x)
+    ops.clamp(x, out)
+    assert torch.equal(out[:-1], x[:-1].clamp(-1, 2)) and out[-1].isnan()
+
+
 def test_rounding_to_tf32(ops: Any):
     """To the nearest of the numbers with 10 bits of mantissa, the larger one if two are."""
     least, ulp = 2.0**-149, 2.0**-10
@@ -246,6 +253,14 @@ def test_polling_in_vain_ends(ops: Any, order: str):
         ops.poll_in_vain()
 
 
+def test_registers_of_a_block(ops: Any, order: str):
+    """168 a thread at the start, as 65536 leave for 384 in eights."""
+    ops.registers(False)
+    with pytest.raises(RuntimeError, match=r"deadlock: .* wait for registers of others"):
+        ops.registers(True)
+    ops.registers(False)
+
+
 def test_ldmatrix(ops: Any, order: str):
     x = torch.randint(-(1 << 15), 1 << 15, (4, 8, 8), dtype=torch.int16)
     plain, transposed = (torch.empty(32, 4, dtype=torch.int32) for _ in range(2))
@@ -257,22 +272,36 @@ def test_ldmatrix(ops: Any, order: str):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def operands(rows: int, columns: int, depth: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Two factors, of float32 with low bits that TF32 does not read; their product."""
+    a, b = (torch.randint(-8, 9, (n, depth)).to(dtype) for n in (rows, columns))
+    product = a.float() @ b.float().T
+    if dtype == torch.float32:
+        for factor in (a, b):
+            bits = factor.view(torch.int32)
+            bits += torch.randint(1 << 13, bits.shape, dtype=torch.int32) * (factor != 0)
+    return a, b, product
+
+
+FACTORS = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", FACTORS, ids=str)
 def test_mma(ops: Any, order: str, dtype: torch.dtype):
-    a, b = torch.randint(-8, 9, (16, 16)).to(dtype), torch.randint(-8, 9, (8, 16)).to(dtype)
+    a, b, product = operands(16, 8, 32 // dtype.itemsize, dtype)
     before = torch.randint(-8, 9, (16, 8)).float()
     d = before.clone()
     ops.multiply(a, b, d)
-    assert torch.equal(d, before + a.float() @ b.float().T)
+    assert torch.equal(d, before + product)
 
 
 @pytest.mark.parametrize("columns", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FACTORS, ids=str)
 def test_wgmma(ops: Any, order: str, columns: int, dtype: torch.dtype):
-    a, b = torch.randint(-8, 9, (64, 80)).to(dtype), torch.randint(-8, 9, (columns, 80)).to(dtype)
+    a, b, product = operands(64, columns, 160 // dtype.itemsize, dtype)
     d = torch.empty(64, columns)
     ops.multiply(a, b, d)
-    assert torch.equal(d, a.float() @ b.float().T)
+    assert torch.equal(d, product)
 
 
 @pytest.fixture(scope="module", params=sorted(ALL))

@@ -7,7 +7,11 @@
 // ldmatrix reads without bank conflicts, and the next place is 16 bytes further on: a tap is a
 // shift of the start.
 //
-// In training what is convolved may be act(bn(input)). Whoever copied 16 bytes normalises them once
+// float32 is multiplied as TF32 and has half the channels in as many bytes. Weights are packed
+// rounded, and the input is rounded where it has been copied to: the chip would cut bits off, which
+// makes everything too small.
+//
+// In training what is convolved may be act(bn(input)). Whoever copied 16 bytes changes them once
 // they have arrived, before anybody else reads them: memory is no further away than without, and
 // outside of the image stays 0.
 //
@@ -24,12 +28,14 @@
 
 namespace resnet_fused::cuda {
 
-constexpr int kChunk = 64;         // channels that are multiplied at once,
-constexpr int kPlanes = 8;         // in planes of
-constexpr int kPlaneChannels = 8;  // channels, 16 bytes
+constexpr int kPlanes = 8;  // of 16 bytes, that are multiplied at once:
+template <class T>
+constexpr int kPlaneChannels = 16 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kChunk = kPlanes * kPlaneChannels<T>;
 
-// Piecewise linear activations: x < 0 becomes x * slope if `leaky`; then between low and high, each
-// twice in a word in the output's dtype, where comparing is as exact as before rounding.
+// Piecewise linear activations: x < 0 becomes x * slope if `leaky`; then between low and high,
+// which fill a word in the output's dtype, where comparing is as exact as before rounding.
 struct Clamp {
   bool leaky;
   float slope;
@@ -159,24 +165,49 @@ DEVICE_INLINE void copy_places(const ConvArguments<T>& a, const InputPiece& piec
                        });
 }
 
-// act(bn(.)) of what the same thread copied, which has arrived.
-template <int warps, class T>
-DEVICE_INLINE void normalize_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
-                                    int lane, const float* staged) {
-  constexpr int n = kPlaneChannels;
-  const StagedNorm<n> norm(staged, a.geometry.channels, piece.valid ? piece.channel : 0);
+// Calls change(v) with the numbers of every place that has a pixel, of those that the same thread
+// copied, which have arrived.
+template <int warps, class T, class Change>
+DEVICE_INLINE void change_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
+                                 int lane, const Change& change) {
+  constexpr int n = kPlaneChannels<T>;
   for_places<warps, 2>(a.geometry, a.geometry.phase[piece.phase], piece.first, piece.places, warp,
                        lane, [&](int place, int pixel) {
                          if (!piece.valid || pixel < 0) return;
                          Bytes16* const at = reinterpret_cast<Bytes16*>(piece.to + place * 16);
                          float v[n];
                          widen<T, n>(*at, v);
-#pragma unroll
-                         for (int i = 0; i < n; ++i)
-                           v[i] = normalized(v[i], norm.mean[i], norm.scale[i], norm.bias[i]);
-                         activate<Act::linear>(v, a.before.act, a.before.slope);
+                         change(v);
                          *at = narrow<T, n>(v);
                        });
+}
+
+// Whether what is copied has to be changed before it is multiplied.
+template <class T, Behind behind>
+DEVICE_INLINE bool changes(const ConvArguments<T>& a) {
+  return sizeof(T) == 4 || (behind == Behind::statistics && a.normalizes);
+}
+
+// act(bn(.)) in training, or rounded to TF32.
+template <int warps, Behind behind, class T>
+DEVICE_INLINE void change_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
+                                 int lane, const float* staged) {
+  constexpr int n = kPlaneChannels<T>;
+  if constexpr (sizeof(T) == 4) {
+    static_assert(behind == Behind::affine);
+    change_places<warps>(a, piece, warp, lane, [](float (&v)[n]) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) v[i] = round_tf32(v[i]);
+    });
+  } else if constexpr (behind == Behind::statistics) {
+    const StagedNorm<n> norm(staged, a.geometry.channels, piece.valid ? piece.channel : 0);
+    change_places<warps>(a, piece, warp, lane, [&](float (&v)[n]) {
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        v[i] = normalized(v[i], norm.mean[i], norm.scale[i], norm.bias[i]);
+      activate<Act::linear>(v, a.before.act, a.before.slope);
+    });
+  }
 }
 
 // Bytes from plane to plane for so many places: 16 more than a multiple of 128, so that the 8

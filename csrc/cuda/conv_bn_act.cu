@@ -1,4 +1,5 @@
-// y = act(conv(x) * scale[k] + shift[k] + residual) in one kernel, NHWC, float16 and bfloat16.
+// y = act(conv(x) * scale[k] + shift[k] + residual) in one kernel, NHWC, float16, bfloat16, and
+// float32 as TF32.
 //
 // `algorithm` names the kernel that `weights` were packed for: one of conv_launch.cuh, or
 // stem_16x16 for three channels (stem_conv.cuh; resnet_fused/backends/cuda_conv.py packs for it).
@@ -19,9 +20,14 @@ namespace {
 constexpr const char* op = "_cuda_conv";
 
 Clamp clamp_of(const std::string& name, double slope, ScalarType dtype) {
-  const bool in_half = dtype == ScalarType::Half;  // else bfloat16; twice their bits, by IEEE 754
-  const uint32_t infinity = in_half ? 0x7c007c00u : 0x7f807f80u;
-  const uint32_t less = infinity | 0x80008000u, six = in_half ? 0x46004600u : 0x40c040c0u;
+  // The numbers' bits by IEEE 754; those of 16 twice.
+  struct Bits {
+    uint32_t infinity, less, six;
+  };
+  const Bits bits = dtype == ScalarType::Half       ? Bits{0x7c007c00u, 0xfc00fc00u, 0x46004600u}
+                    : dtype == ScalarType::BFloat16 ? Bits{0x7f807f80u, 0xff80ff80u, 0x40c040c0u}
+                                                    : Bits{0x7f800000u, 0xff800000u, 0x40c00000u};
+  const auto [infinity, less, six] = bits;
   switch (parse_activation(op, name)) {
     case Activation::none: return {false, 0.0f, less, infinity};
     case Activation::relu: return {false, 0.0f, 0, infinity};
@@ -74,7 +80,9 @@ void run_stem(const ConvCall& call) {
 
 template <class T>
 void run(const ConvCall& call, const std::string& algorithm) {
-  if (algorithm == "stem_16x16") return run_stem<T>(call);
+  if constexpr (sizeof(T) == 2) {
+    if (algorithm == "stem_16x16") return run_stem<T>(call);
+  }
   find_algorithm<T, Behind::affine>(op, algorithm).run(call);
 }
 
@@ -82,7 +90,7 @@ Tensor cuda_conv(const Tensor& input, const Tensor& weights, const OptionalTenso
                  const OptionalTensor& shift, const OptionalTensor& residual, int64_t out_channels,
                  const std::vector<int64_t>& geometry, int64_t groups, const std::string& act,
                  double negative_slope, const std::string& algorithm) {
-  ConvCall call = conv_call(op, input, out_channels, geometry, groups);
+  ConvCall call = conv_call(op, input, out_channels, geometry, groups, true);
   const ScalarType dtype = input.scalar_type();
   check(is_here(weights) && weights.scalar_type() == dtype && weights.is_contiguous(), op,
         ": weights must be dense, of input's dtype, on ", kDeviceName);
@@ -92,10 +100,10 @@ Tensor cuda_conv(const Tensor& input, const Tensor& weights, const OptionalTenso
   call.residual = conv_image(op, "residual", residual, call.output);
   call.clamp = clamp_of(act, negative_slope, dtype);
   if (call.output.numel() == 0) return call.output;
-  if (dtype == ScalarType::Half) {
-    run<half>(call, algorithm);
-  } else {
-    run<bfloat16>(call, algorithm);
+  switch (dtype) {
+    case ScalarType::Half: run<half>(call, algorithm); break;
+    case ScalarType::BFloat16: run<bfloat16>(call, algorithm); break;
+    default: run<float>(call, algorithm);
   }
   return call.output;
 }

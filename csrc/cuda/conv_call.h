@@ -50,12 +50,15 @@ inline OptionalTensor conv_image(const char* op, const char* name, const Optiona
 // A call with input and output; `geometry` is kernel, stride, padding and dilation, two numbers
 // each.
 inline ConvCall conv_call(const char* op, const Tensor& input, int64_t out_channels,
-                          const std::vector<int64_t>& geometry, int64_t groups) {
+                          const std::vector<int64_t>& geometry, int64_t groups,
+                          bool float32 = false) {
   check(is_here(input) && input.dim() == 4, op, ": input must have 4 dimensions (N, C, H, W) on ",
         kDeviceName, ", got shape ", shape_text(input.sizes()));
   const ScalarType dtype = input.scalar_type();
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
-        ": input must be float16 or bfloat16, got ", dtype_name(dtype));
+  const bool known = dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                     (dtype == ScalarType::Float && float32);
+  check(known, op, ": input must be ", float32 ? "float32, " : "", "float16 or bfloat16, got ",
+        dtype_name(dtype));
   check(is_dense(input, MemoryFormat::ChannelsLast), op, ": input must be channels_last");
   check(geometry.size() == 8, op, ": geometry must have 8 numbers, got ", geometry.size());
   int numbers[8];

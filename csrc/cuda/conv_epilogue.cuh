@@ -97,8 +97,8 @@ struct Epilogue {
       const int from = e.column + 32 * block;
       const bool inside = from < e.out.channels;
       if constexpr (behind == Behind::affine)
-        load_eight(inside ? e.out.scale : nullptr, from, 1.0f, scale);
-      load_eight(inside ? e.out.shift : nullptr, from, 0.0f, shift);
+        load_vector(inside ? e.out.scale : nullptr, from, 1.0f, scale);
+      load_vector(inside ? e.out.shift : nullptr, from, 0.0f, shift);
     }
   };
   struct OfNorm : StagedNorm<8> {
@@ -110,27 +110,32 @@ struct Epilogue {
 
   // A block of a tensor's pixel, or nothing for -1: asked for long before it is used, as memory is
   // far.
-  DEVICE_INLINE Bytes16 read(const T* from, int pixel, int block) const {
+  DEVICE_INLINE Eight<T> read(const T* from, int pixel, int block) const {
     if (from == nullptr || !is_there(pixel, block)) return {};
-    return load_once(from + place(pixel, block));
+    return load_eight(from + place(pixel, block));
   }
 
   // A block of an output pixel: acc[4 * (4 * block + i) + offset] and the next are channels
   // 2 i and 2 i + 1 of the eight.
   template <int n>
   DEVICE_INLINE void row(const float (&acc)[n], int offset, int pixel, int block, const Vectors& v,
-                         const Bytes16& residual, const Bytes16& z, Sums& sums) const {
+                         const Eight<T>& residual, const Eight<T>& z, Sums& sums) const {
     if (!is_there(pixel, block)) return;
     float y[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      y[i] = acc[4 * (4 * block + i / 2) + offset + i % 2];
-      if constexpr (behind == Behind::affine) y[i] *= v.scale[i];
-      if constexpr (behind != Behind::gradient) y[i] += v.shift[i];
+      const float sum = acc[4 * (4 * block + i / 2) + offset + i % 2];
+      if constexpr (behind == Behind::affine) {
+        y[i] = sum * v.scale[i] + v.shift[i];
+      } else if constexpr (behind == Behind::statistics) {
+        y[i] = sum + v.shift[i];
+      } else {
+        y[i] = sum;
+      }
     }
     if (behind != Behind::statistics && out.residual != nullptr) {
       float r[8];
-      widen<T, 8>(residual, r);
+      widen_eight(residual, r);
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] += r[i];
     }
@@ -138,21 +143,24 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = y[i] < 0.0f ? y[i] * out.act.slope : y[i];
     }
-    Bytes16 packed = narrow<T, 8>(y);
-    if (behind == Behind::affine) {
+    Eight<T> packed = narrow_eight<T>(y);
+    if constexpr (behind == Behind::affine) {
+      constexpr int words = 2 * static_cast<int>(sizeof(T));
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        packed.words[i] = clamp(packed.words[i], out.act.low, out.act.high, T());
+      for (int i = 0; i < words; ++i) {
+        uint32_t& word = packed.part[i / 4].words[i % 4];
+        word = clamp(word, out.act.low, out.act.high, T());
+      }
     }
-    *reinterpret_cast<Bytes16*>(out.output + place(pixel, block)) = packed;
+    *reinterpret_cast<Eight<T>*>(out.output + place(pixel, block)) = packed;
     if constexpr (behind != Behind::affine) {
-      widen<T, 8>(packed, y);  // as they are stored
+      widen_eight(packed, y);  // as they are stored
       add(y, v, z, sums);
     }
   }
 
  private:
-  DEVICE_INLINE void add(float (&y)[8], const Vectors& v, const Bytes16& z, Sums& sums) const {
+  DEVICE_INLINE void add(float (&y)[8], const Vectors& v, const Eight<T>& z, Sums& sums) const {
     if constexpr (behind == Behind::statistics) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -162,7 +170,7 @@ struct Epilogue {
       }
     } else {
       float x[8], argument[8];
-      widen<T, 8>(z, x);
+      widen_eight(z, x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) argument[i] = normalized(x[i], v.mean[i], v.scale[i], v.bias[i]);
       activate_backward<Act::linear>(y, argument, out.behind.act, out.behind.slope);
@@ -181,7 +189,8 @@ struct Epilogue {
     return pixel >= 0 && column + 32 * block < out.channels;
   }
 
-  DEVICE_INLINE static void load_eight(const float* from, int at, float otherwise, float (&to)[8]) {
+  DEVICE_INLINE static void load_vector(const float* from, int at, float otherwise,
+                                        float (&to)[8]) {
     if (from == nullptr) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) to[i] = otherwise;
@@ -205,7 +214,7 @@ struct EpilogueRows {
   static constexpr bool kGradient = behind == Behind::gradient;
 
   struct Read {
-    Bytes16 residual, z;
+    Eight<T> residual, z;
   };
 
   Of epilogue;

@@ -63,14 +63,15 @@ ConvArguments<T> arguments_of(const ConvCall& call, int rows, int columns) {
   a.weights = static_cast<const T*>(call.weights.const_data_ptr());
   a.out = output_of<T>(call);
   set_blocks(call, columns, g, a.block_in, a.block_out);
-  check(a.block_in % kPlaneChannels == 0 && g.channels % kPlaneChannels == 0 &&
-            g.out_channels % kPlaneChannels == 0,
-        call.op, ": channels must be multiples of 8, got ", g.channels, " and ", g.out_channels);
-  a.chunks = (a.block_in + kChunk - 1) / kChunk;
+  constexpr int each = kPlaneChannels<T>;
+  check(a.block_in % each == 0 && g.channels % each == 0 && g.out_channels % 8 == 0, call.op,
+        ": channels must be multiples of ", each, ", and outputs of 8, got ", g.channels, " and ",
+        g.out_channels);
+  a.chunks = (a.block_in + kChunk<T> - 1) / kChunk<T>;
   a.column_tiles = (g.out_channels + columns - 1) / columns;
   a.tiles = (g.places + rows - 1) / rows * a.column_tiles;
   a.plane = plane_bytes(rows + g.span);
-  check_packed(call, int64_t{a.column_tiles} * a.chunks * g.taps * columns * kChunk);
+  check_packed(call, int64_t{a.column_tiles} * a.chunks * g.taps * columns * kChunk<T>);
   if (call.norm != nullptr) {
     const NormAct norm{call.norm->on_device<float>(), call.act, call.slope};
     if (behind == Behind::statistics) a.normalizes = true, a.before = norm;
@@ -165,11 +166,13 @@ struct ConvAlgorithm {
   void (*run)(const ConvCall&);
 };
 
-// What training keeps beside the accumulators fits into registers where those are few.
+// Whether registers suffice for accumulators and what else is kept: rows of float32 residuals, and
+// in training what is known of the channels.
 template <class T, Behind behind, int columns, int parts, bool alternate>
 constexpr ConvAlgorithm wgmma_algorithm(const char* name) {
-  constexpr bool fits = behind == Behind::affine || parts * columns <= 128 ||
-                        (behind == Behind::statistics && parts < 4 && !alternate);
+  constexpr bool fits =
+      parts * columns <= 128 || (behind == Behind::affine && sizeof(T) == 2) ||
+      (behind != Behind::gradient && parts < 4 && (behind == Behind::affine || !alternate));
   if constexpr (fits) return {name, columns, run_wgmma<T, behind, columns, parts, alternate>};
   return {name, columns, nullptr};
 }

@@ -63,7 +63,7 @@ struct ConvMma {
   // What a thread copies of a stage's input.
   DEVICE_INLINE InputPiece piece(const Step& step) const {
     const int plane = threadIdx.x % kPlanes;
-    const int within = step.chunk * kChunk + plane * kPlaneChannels;
+    const int within = step.chunk * kChunk<T> + plane * kPlaneChannels<T>;
     return {step.phase,
             first_place + a.geometry.least_shift,
             kMmaRows + a.geometry.span,
@@ -119,8 +119,8 @@ struct ConvMma {
     }
     for (int i = 0; i < steps; ++i) {
       cp_async_wait<kAhead - 1>();
-      if (behind == Behind::statistics && a.normalizes && step.first_of_stage(g))
-        normalize_places<kWarps>(a, piece(step), threadIdx.x / 32, lane, norm);
+      if (changes<T, behind>(a) && step.first_of_stage(g))
+        change_places<kWarps, behind>(a, piece(step), threadIdx.x / 32, lane, norm);
       sync_block();  // the step's data are there, and nobody reads the slots copied into next
       if (i + kAhead < steps) {
         copy(copied);
@@ -161,7 +161,11 @@ struct ConvMma {
     float d[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] = acc[first + i];
-    mma_16816(d, x, w, T());
+    if constexpr (sizeof(T) == 4) {
+      mma_1688(d, x, w);
+    } else {
+      mma_16816(d, x, w, T());
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) acc[first + i] = d[i];
   }

@@ -27,6 +27,14 @@ constexpr int kWarpgroup = 128;
 constexpr int kInputThreads = 96;  // of the loading warpgroup; the fourth warp copies weights
 constexpr int kWgmmaThreads = 3 * kWarpgroup;
 constexpr int kMostInputSlots = 4, kMostWeightSlots = 16;
+
+// Of a thread: a block has 168 for each, as they are given out at its start in eights, and who
+// multiplies gets what loading leaves. More than there are would be waited for in vain.
+template <Behind behind>
+constexpr int kLoadRegisters = behind == Behind::gradient ? 72 : 88;
+template <Behind behind>
+constexpr int kMultiplyRegisters = (3 * 168 - kLoadRegisters<behind>) / 2;
+static_assert(65536 / kWgmmaThreads / 8 * 8 == 168);
 constexpr int kBarrierBytes = 1024;
 
 // In front of the slots in shared memory.
@@ -131,7 +139,7 @@ struct ConvWgmma {
     }
 
     DEVICE_INLINE InputPiece piece(unsigned char* inputs) const {
-      const int within = chunk * kChunk + plane * kPlaneChannels;
+      const int within = chunk * kChunk<T> + plane * kPlaneChannels<T>;
       return {phase,
               first,
               kRows + a.geometry.span,
@@ -153,8 +161,7 @@ struct ConvWgmma {
     Load load(a, thread), told = load;
     int untold = 0;  // slots whose copies are under way
     const auto tell = [&] {
-      if (behind == Behind::statistics && a.normalizes)
-        normalize_places<3>(a, told.piece(inputs), warp, lane, norm);
+      if (changes<T, behind>(a)) change_places<3, behind>(a, told.piece(inputs), warp, lane, norm);
       fence_async();
       mbarrier_arrive(&barriers->input_full[told.turn.slot()]);
       told.next();
@@ -274,7 +281,7 @@ struct ConvWgmma {
     if (weight != nullptr) mbarrier_arrive(weight);
   }
 
-  using Rows = EpilogueRows<T, behind, parts, columns / 32, (parts < 4)>;
+  using Rows = EpilogueRows<T, behind, parts, columns / 32, (parts * sizeof(T) < 8)>;
 
   // The rows of a tile that a thread writes, with what they begin with.
   DEVICE_INLINE Rows rows_of(int64_t tile, int first_row, int thread) const {
@@ -300,14 +307,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   conv.init();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
-    give_registers<80>();
+    give_registers<kLoadRegisters<behind>>();
     if (threadIdx.x < kInputThreads) {
       conv.load_inputs(threadIdx.x);
     } else if (threadIdx.x == kInputThreads) {
       conv.load_weights();
     }
   } else {
-    take_registers<216>();
+    take_registers<kMultiplyRegisters<behind>>();
     conv.multiply(warpgroup - 1);
   }
 #endif

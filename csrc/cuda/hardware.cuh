@@ -164,6 +164,13 @@ DEVICE_INLINE uint32_t clamp(uint32_t both, uint32_t low, uint32_t high, bfloat1
   return both;
 }
 
+// One number.
+DEVICE_INLINE uint32_t clamp(uint32_t number, uint32_t low, uint32_t high, float) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+r"(number) : "r"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+r"(number) : "r"(high));
+  return number;
+}
+
 struct Pair {
   float first, second;
 };
@@ -261,6 +268,16 @@ DEVICE_INLINE void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d += a (16x8) b (8x8) in TF32: float32 whose low 13 bits are not read. The fragments are those of
+// 16-bit numbers with one number in place of two, which ldmatrix_x4 loads as well.
+DEVICE_INLINE void mma_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // --- mbarriers and bulk copies (9.0) --------------------------------------------------------
 
 // In shared memory. A phase ends when `count` threads have arrived and all expected bytes are
@@ -353,10 +370,10 @@ DEVICE_INLINE void fence_async() {
 
 // --- wgmma (a warpgroup's matrix products, 9.0a) --------------------------------------------
 
-// A matrix in shared memory without swizzle, K-major: 8 rows of 16 bytes (8 numbers of one row),
-// 128 bytes in a row, are a core matrix; `along_k` bytes from it lies the one with the next 8
-// columns, `along_rows` bytes from it the one with the next 8 rows. Section "Matrix-descriptor" of
-// the ISA.
+// A matrix in shared memory without swizzle, K-major: 8 rows of 16 bytes (8 numbers of one row, of
+// float32 4), 128 bytes in a row, are a core matrix; `along_k` bytes from it lies the one with the
+// next columns, `along_rows` bytes from it the one with the next 8 rows. Section
+// "Matrix-descriptor" of the ISA.
 DEVICE_INLINE uint64_t matrix(const void* start, int along_k, int along_rows) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   return field(shared_address(start)) | field(along_k) << 16 | field(along_rows) << 32;
@@ -395,7 +412,8 @@ DEVICE_INLINE void wgmma_hold(float (&d)[n]) {
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d (64 x columns) = a (64x16) b (16 x columns), plus d if `adds`; columns = 2n. Thread t of the
+// d (64 x columns) = a (64x16) b (16 x columns), plus d if `adds`; columns = 2n; float is TF32, of
+// which a product takes 8 in place of 16 and reads no low 13 bits. Thread t of the
 // warpgroup holds of row 16 (t / 32) + (t % 32) / 4 + 8 j the columns 8 i + 2 (t % 4) and the next
 // in d[4 i + 2 j] and the next.
 #ifdef RESNET_FUSED_SM90
@@ -406,35 +424,36 @@ DEVICE_INLINE void wgmma_hold(float (&d)[n]) {
 #define RESNET_FUSED_EIGHT(i)                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define RESNET_FUSED_WGMMA(type, name)                                                          \
+#define RESNET_FUSED_WGMMA(type, name, k, majors)                                               \
   DEVICE_INLINE void wgmma(float (&d)[32], uint64_t a, uint64_t b, bool adds, type) {           \
     RESNET_FUSED_ON_SM90(asm volatile(                                                          \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                            \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name                             \
+        "wgmma.mma_async.sync.aligned.m64n64k" k ".f32." name "." name                          \
         " {"                                                                                    \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "     \
-        "%32, %33, p, 1, 1, 0, 0;\n}" : RESNET_FUSED_EIGHT(0),                                  \
+        "%32, %33, p, 1, 1" majors ";\n}" : RESNET_FUSED_EIGHT(0),                              \
         RESNET_FUSED_EIGHT(8), RESNET_FUSED_EIGHT(16), RESNET_FUSED_EIGHT(24) : "l"(a), "l"(b), \
         "r"(static_cast<int>(adds))));                                                          \
   }                                                                                             \
   DEVICE_INLINE void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool adds, type) {           \
     RESNET_FUSED_ON_SM90(asm volatile(                                                          \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                            \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name                            \
+        "wgmma.mma_async.sync.aligned.m64n128k" k ".f32." name "." name                         \
         " {"                                                                                    \
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                \
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "      \
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "      \
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "     \
-        "%64, %65, p, 1, 1, 0, 0;\n}" : RESNET_FUSED_EIGHT(0),                                  \
+        "%64, %65, p, 1, 1" majors ";\n}" : RESNET_FUSED_EIGHT(0),                              \
         RESNET_FUSED_EIGHT(8), RESNET_FUSED_EIGHT(16), RESNET_FUSED_EIGHT(24),                  \
         RESNET_FUSED_EIGHT(32), RESNET_FUSED_EIGHT(40), RESNET_FUSED_EIGHT(48),                 \
         RESNET_FUSED_EIGHT(56) : "l"(a), "l"(b), "r"(static_cast<int>(adds))));                 \
   }
 
-RESNET_FUSED_WGMMA(half, "f16")
-RESNET_FUSED_WGMMA(bfloat16, "bf16")
+RESNET_FUSED_WGMMA(half, "f16", "16", ", 0, 0")
+RESNET_FUSED_WGMMA(bfloat16, "bf16", "16", ", 0, 0")
+RESNET_FUSED_WGMMA(float, "tf32", "8", "")
 #undef RESNET_FUSED_WGMMA
 #undef RESNET_FUSED_EIGHT
 #undef RESNET_FUSED_ON_SM90

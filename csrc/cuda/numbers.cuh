@@ -75,6 +75,47 @@ DEVICE_INLINE Bytes16 narrow(const compute_t<T> (&values)[n]) {
   return bytes;
 }
 
+// Eight numbers as they lie in memory.
+template <class T>
+struct Eight {
+  Bytes16 part[sizeof(T) / 2];
+};
+
+template <class T>
+DEVICE_INLINE Eight<T> load_eight(const T* from) {
+  Eight<T> raw;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
+    raw.part[i] = load_once(from + i * kVector<T>);
+  return raw;
+}
+
+template <class T>
+DEVICE_INLINE void widen_eight(const Eight<T>& raw, float (&to)[8]) {
+  constexpr int n = kVector<T>;
+#pragma unroll
+  for (int i = 0; i < 8; i += n) {
+    float part[n];
+    widen<T, n>(raw.part[i / n], part);
+#pragma unroll
+    for (int j = 0; j < n; ++j) to[i + j] = part[j];
+  }
+}
+
+template <class T>
+DEVICE_INLINE Eight<T> narrow_eight(const float (&values)[8]) {
+  constexpr int n = kVector<T>;
+  Eight<T> raw;
+#pragma unroll
+  for (int i = 0; i < 8; i += n) {
+    float part[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) part[j] = values[i + j];
+    raw.part[i / n] = narrow<T, n>(part);
+  }
+  return raw;
+}
+
 template <class T, int n>
 DEVICE_INLINE void store(T* to, const compute_t<T> (&values)[n]) {
   if constexpr (n == 1) {

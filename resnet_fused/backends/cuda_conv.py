@@ -2,7 +2,7 @@
 
 An algorithm's name says the kernel and its tile, output pixels by output channels. Weights are
 packed as the tiles lie in shared memory (csrc/cuda/pack_weights.cu): 64 input channels of one tap
-at a time, 8 of them together.
+at a time, 8 of them together; of float32, which is multiplied as TF32, half as many.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Step = Literal["inference", "forward", "gradient"]
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")
 
-_CHUNK = 64  # input channels that are multiplied at once
-_PLANE = 8  # of them in 16 bytes
+_CHUNK_BYTES = 128  # of input channels, that are multiplied at once
+_PLANE_BYTES = 16  # of them that lie together
+_OUTPUTS = 8  # that a thread stores
 _MOST_TAPS, _MOST_PHASES = 49, 4
 _SHARED_BYTES = 227 << 10
 _NORM_BYTES = 12  # of a channel
@@ -63,12 +64,14 @@ ALGORITHMS = (
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 
 
-_WITHOUT: dict[Step, set[str]] = {
+_DTYPES = (torch.float16, torch.bfloat16)
+_WITHOUT: dict[str, set[str]] = {
     "inference": set(),
+    "float32": {"pingpong_256x64", STEM.name},
     "forward": {"pingpong_256x64", "pingpong_128x128", "mma_128x128", STEM.name},
 }
 _WITHOUT["gradient"] = {"wgmma_256x128", *_WITHOUT["forward"]}
-"""Where registers do not suffice for what training keeps (csrc/cuda/conv_launch.cuh)."""
+"""Where registers do not suffice for what is kept beside the sums (csrc/cuda/conv_launch.cuh)."""
 
 
 def candidates(
@@ -77,20 +80,20 @@ def candidates(
     """The algorithms that can run a problem by code for compute capability `arch`.
 
     Args:
+        dtype: float32 is multiplied as TF32.
         problem: of the gradient, the convolution that makes it.
     """
-    if not native_cuda.available or dtype not in (torch.float16, torch.bfloat16):
+    wide = dtype == torch.float32
+    if not native_cuda.available or (dtype not in _DTYPES and not (wide and step == "inference")):
         return ()
     normalised = {"inference": 0, "forward": problem.channels, "gradient": problem.out_channels}
     room = _SHARED_BYTES - _NORM_BYTES * normalised[step]
-    return tuple(
-        a.name
-        for a in ALGORITHMS
-        if a.name not in _WITHOUT[step] and _takes(a, problem, arch, room)
-    )
+    without = _WITHOUT["float32" if wide else step]
+    left = (a for a in ALGORITHMS if a.name not in without)
+    return tuple(a.name for a in left if _takes(a, problem, arch, dtype.itemsize, room))
 
 
-def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, room: int) -> bool:
+def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, itemsize: int, room: int) -> bool:
     if arch < 80 or (algorithm.kernel in _HOPPER and arch != 90):
         return False
     if algorithm is STEM:
@@ -100,10 +103,11 @@ def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, room: int) -> 
             and problem.dilation == (1, 1)
             and problem.channels == _STEM_CHANNELS
             and (problem.kernel, problem.stride) in known
-            and problem.out_channels % _PLANE == 0
+            and problem.out_channels % _OUTPUTS == 0
         )
     (kh, kw), (sh, sw) = problem.kernel, problem.stride
-    channels = problem.channels % _PLANE == 0 and problem.out_channels % _PLANE == 0
+    plane = _PLANE_BYTES // itemsize
+    channels = problem.channels % plane == 0 and problem.out_channels % _OUTPUTS == 0
     group_outputs = problem.out_channels // problem.groups
     block = groups_together(problem.groups, group_outputs, algorithm.columns)
     return (
@@ -111,13 +115,13 @@ def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, room: int) -> 
         and kh * kw <= _MOST_TAPS
         and sh * sw <= _MOST_PHASES
         and block is not None
-        and block * (problem.channels // problem.groups) % _PLANE == 0
+        and block * (problem.channels // problem.groups) % plane == 0
         and (algorithm.columns == 64 or algorithm.columns < 2 * problem.out_channels)
-        and _fits(algorithm, problem, block, room)
+        and _fits(algorithm, problem, block, itemsize, room)
     )
 
 
-def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, room: int) -> bool:
+def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, itemsize: int, room: int) -> bool:
     """Whether so many bytes of shared memory have room for what a tile reads."""
     (height, width), (down, right) = problem.kernel, problem.dilation
     pitch = problem.size[1] + width * right
@@ -127,13 +131,12 @@ def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, room: int) -> 
     else:
         tiles, weights = 2, 2
     if algorithm.kernel == "pingpong":  # all of them
-        chunks = -(-block * (problem.channels // problem.groups) // _CHUNK)
+        chunks = -(-block * (problem.channels // problem.groups) * itemsize // _CHUNK_BYTES)
         weights = -(-problem.out_channels // algorithm.columns) * chunks * height * width
         if weights > _MOST_RESIDENT:
             return False
         tiles = 2 if chunks == 1 and problem.stride == (1, 1) else 4
-    per_place, per_column = 2 * _CHUNK, 2 * _CHUNK
-    needed = tiles * places * per_place + weights * algorithm.columns * per_column
+    needed = (tiles * places + weights * algorithm.columns) * _CHUNK_BYTES
     return needed + 1024 + 128 <= room
 
 

@@ -109,14 +109,18 @@ T shuffle_xor(T value, int mask, Site site = Site::here()) {
   return shuffle(value, lane_number() ^ mask, site);
 }
 
+void take_registers_of(int registers, Site site);
 template <int registers>
-void take_registers() {
+void take_registers(Site site = Site::here()) {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  take_registers_of(registers, site);
 }
 
+void give_registers_of(int registers, Site site);
 template <int registers>
-void give_registers() {
+void give_registers(Site site = Site::here()) {
   static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
+  give_registers_of(registers, site);
 }
 
 // --- numbers --------------------------------------------------------------------------------
@@ -208,15 +212,24 @@ inline void store_16(void* to, const Bytes16& bytes, Site site = Site::here()) {
   *static_cast<Bytes16*>(to) = bytes;
 }
 
+inline float clamp_one(float v, float least, float most) {
+  if (v != v) return v;
+  const float up = v > least ? v : least;
+  return up < most ? up : most;
+}
 template <class T>
 uint32_t clamp(uint32_t both, uint32_t low, uint32_t high, T) {
   const Pair x = unpair(both, T()), from = unpair(low, T()), to = unpair(high, T());
-  const auto one = [](float v, float least, float most) {
-    if (v != v) return v;
-    const float up = v > least ? v : least;
-    return up < most ? up : most;
-  };
-  return pair(one(x.first, from.first, to.first), one(x.second, from.second, to.second), T());
+  return pair(clamp_one(x.first, from.first, to.first), clamp_one(x.second, from.second, to.second),
+              T());
+}
+inline uint32_t clamp(uint32_t number, uint32_t low, uint32_t high, float) {
+  float numbers[3];
+  const uint32_t words[3] = {number, low, high};
+  std::memcpy(numbers, words, sizeof(words));
+  const float clamped = clamp_one(numbers[0], numbers[1], numbers[2]);
+  std::memcpy(&number, &clamped, sizeof(number));
+  return number;
 }
 
 inline Pair load_pair(const float* from, Site site = Site::here()) {
@@ -243,6 +256,9 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ha
                Site site = Site::here());
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16,
                Site site = Site::here());
+
+void mma_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+              Site site = Site::here());
 
 // --- mbarriers and bulk copies --------------------------------------------------------------
 
@@ -276,13 +292,19 @@ void wgmma_wait(Site site = Site::here()) {
 template <int n>
 void wgmma_hold(float (&)[n]) {}
 
-void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat16, Site site);
+enum class Operand { float16, bfloat16, tf32 };
+template <class T>
+constexpr Operand operand_of = std::is_same_v<T, half>       ? Operand::float16
+                               : std::is_same_v<T, bfloat16> ? Operand::bfloat16
+                                                             : Operand::tf32;
+
+void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, Operand operand, Site site);
 
 template <int n, class T>
 void wgmma(float (&d)[n], uint64_t a, uint64_t b, bool adds, T, Site site = Site::here()) {
   static_assert(n == 32 || n == 64);
-  static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16>);
-  wgmma_of(d, n, a, b, adds, std::is_same_v<T, bfloat16>, site);
+  static_assert(sizeof(T) == 2 || std::is_same_v<T, float>);
+  wgmma_of(d, n, a, b, adds, operand_of<T>, site);
 }
 
 }  // namespace resnet_fused::cuda

@@ -67,30 +67,32 @@ void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const ch
   leave(warp);
 }
 
-void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bfloat16,
+void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Operand operand,
               const char* name, Site site) {
   whole_warp(name, site);
   fragments[block.running->number] = {d, a, b};
   Meeting& warp = own_warp();
   if (!join(warp, name, site, kWarp, true)) return;
   const Fragments* const lanes = fragments + first_of_warp();
+  const int in_word = operand == Operand::tf32 ? 1 : 2, half_depth = 4 * in_word;
   float left[16][16], right[16][8];  // [m][k], [k][n]
   for (int lane = 0; lane < kWarp; ++lane) {
-    const int group = lane / 4, k = lane % 4 * 2;
-    for (int i = 0; i < 2; ++i) {
+    const int group = lane / 4, k = lane % 4 * in_word;
+    for (int i = 0; i < in_word; ++i) {
       const auto number = [&](uint32_t word) {
-        return float_of(static_cast<uint16_t>(word >> (16 * i)), is_bfloat16);
+        if (operand == Operand::tf32) return tf32_of(word);
+        return float_of(static_cast<uint16_t>(word >> (16 * i)), operand == Operand::bfloat16);
       };
       for (int r = 0; r < 4; ++r) {
-        left[group + r % 2 * 8][k + r / 2 * 8 + i] = number(lanes[lane].a[r]);
+        left[group + r % 2 * 8][k + r / 2 * half_depth + i] = number(lanes[lane].a[r]);
       }
-      for (int r = 0; r < 2; ++r) right[k + r * 8 + i][group] = number(lanes[lane].b[r]);
+      for (int r = 0; r < 2; ++r) right[k + r * half_depth + i][group] = number(lanes[lane].b[r]);
     }
   }
   for (int m = 0; m < 16; ++m) {
     float sums[8];
     for (int n = 0; n < 8; ++n) sums[n] = lanes[m % 8 * 4 + n / 2].d[m / 8 * 2 + n % 2];
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 2 * half_depth; ++k) {
       for (int n = 0; n < 8; ++n) sums[n] += left[m][k] * right[k][n];
     }
     for (int n = 0; n < 8; ++n) lanes[m % 8 * 4 + n / 2].d[m / 8 * 2 + n % 2] = sums[n];
@@ -109,6 +111,13 @@ float float_of(uint16_t bits, bool is_bfloat16) {
   return value;
 }
 
+float tf32_of(uint32_t bits) {
+  bits &= 0xffffe000u;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 }  // namespace resnet_fused::cuda::on_cpu
 
 namespace resnet_fused::cuda {
@@ -122,11 +131,15 @@ void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row, Site site) {
 }
 
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half, Site site) {
-  on_cpu::multiply(d, a, b, false, "mma_16816 (float16)", site);
+  on_cpu::multiply(d, a, b, Operand::float16, "mma_16816 (float16)", site);
 }
 
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bfloat16, Site site) {
-  on_cpu::multiply(d, a, b, true, "mma_16816 (bfloat16)", site);
+  on_cpu::multiply(d, a, b, Operand::bfloat16, "mma_16816 (bfloat16)", site);
+}
+
+void mma_1688(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
+  on_cpu::multiply(d, a, b, Operand::tf32, "mma_1688", site);
 }
 
 }  // namespace resnet_fused::cuda

@@ -58,6 +58,7 @@ struct Thread {
   Site site{};
   const Mbarrier* barrier = nullptr;  // if it waits for one,
   int parity = 0;                     // for the end of this phase
+  int registers = 0;
   CopyGroups copies;
   std::vector<uint32_t> unfenced;  // granules written by copies that fence_async has not followed
   Products products;
@@ -185,6 +186,7 @@ void finish_barriers();
 bool copies_under_way();
 void deliver_one();
 std::string state_of(const Mbarrier& barrier, int parity);
+void prepare_registers();  // registers.cpp
 void prepare_products();
 void start_products(Thread& thread);
 void finish_products(Thread& thread);
@@ -192,5 +194,6 @@ void finish_products(Thread& thread);
 // --- numbers (matrix.cpp) -------------------------------------------------------------------
 
 float float_of(uint16_t bits, bool is_bfloat16);
+float tf32_of(uint32_t bits);  // as products read a float32
 
 }  // namespace resnet_fused::cuda::on_cpu

@@ -160,6 +160,7 @@ void run_block() {
   prepare_shared(shared_bytes);
   prepare_barriers();
   prepare_products();
+  prepare_registers();
   watch::start_block();
   for (Meeting& meeting : block.named) meeting.here.clear();
   for (Meeting& meeting : block.warp) meeting.here.clear();

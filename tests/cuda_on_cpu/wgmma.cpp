@@ -16,13 +16,14 @@
 namespace resnet_fused::cuda::on_cpu {
 namespace {
 
-constexpr int kRows = 64, kDepth = 16, kMostColumns = 128;
-constexpr uint32_t kCoreBytes = 128;  // 8 rows of 8 numbers
+constexpr int kRows = 64, kMostDepth = 16, kMostColumns = 128;
+constexpr uint32_t kCoreBytes = 128;  // 8 rows of 16 bytes
 
 struct Product {
   uint64_t a, b;
   int size;  // of a thread's accumulator
-  bool adds, is_bfloat16;
+  bool adds;
+  Operand operand;
   Site site;
   std::vector<unsigned char> operands;  // as they were when it was issued
 };
@@ -141,15 +142,22 @@ int column_of(int thread, int i) {
 }
 
 void compute(const Product& product, const std::vector<Accumulator*>& accumulators) {
-  static float left[kRows][kDepth], right[kDepth][kMostColumns], sums[kRows][kMostColumns];
+  static float left[kRows][kMostDepth], right[kMostDepth][kMostColumns], sums[kRows][kMostColumns];
   const int columns = 2 * product.size;
   const unsigned char* from = product.operands.data();
+  const bool wide = product.operand == Operand::tf32;
+  const int across = wide ? 4 : 8;  // numbers of a core matrix's row
+  const auto number = [&] {
+    uint32_t bits = 0;
+    std::memcpy(&bits, from, wide ? 4 : 2);
+    from += wide ? 4 : 2;
+    if (wide) return tf32_of(bits);
+    return float_of(static_cast<uint16_t>(bits), product.operand == Operand::bfloat16);
+  };
   const auto read = [&](int rows, auto put) {
     for (int core = 0; core < rows / 8 * 2; ++core) {
-      for (int i = 0; i < 64; ++i, from += 2) {
-        uint16_t bits;
-        std::memcpy(&bits, from, 2);
-        put(core / 2 * 8 + i / 8, core % 2 * 8 + i % 8, float_of(bits, product.is_bfloat16));
+      for (int i = 0; i < 8 * across; ++i) {
+        put(core / 2 * 8 + i / across, core % 2 * across + i % across, number());
       }
     }
   };
@@ -162,7 +170,7 @@ void compute(const Product& product, const std::vector<Accumulator*>& accumulato
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < 2 * across; ++k) {
       const float factor = left[row][k];
       for (int c = 0; c < columns; ++c) sums[row][c] += factor * right[k][c];
     }
@@ -260,12 +268,12 @@ void wgmma_fence(Site site) {
   block.running->products.fenced = true;
 }
 
-void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat16, Site site) {
+void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, Operand operand, Site site) {
   Warpgroup& warpgroup = own_warpgroup("wgmma", site);
   Thread& self = *block.running;
   const size_t which = self.products.issued++ - warpgroup.done;
   if (which == warpgroup.products.size()) {
-    Product product{a, b, n, adds, is_bfloat16, site, {}};
+    Product product{a, b, n, adds, operand, site, {}};
     gather(product, product.operands);
     watch_operands(product, [&](uint32_t offset, uint32_t bytes) {
       watch::product_started(offset, bytes, site);
@@ -274,7 +282,7 @@ void wgmma_of(float* d, int n, uint64_t a, uint64_t b, bool adds, bool is_bfloat
   }
   const Product& product = warpgroup.products[which];
   if (product.a != a || product.b != b || product.size != n || product.adds != adds ||
-      product.is_bfloat16 != is_bfloat16 || product.site.line != site.line) {
+      product.operand != operand || product.site.line != site.line) {
     fail(site, "wgmma: another thread of the warpgroup issued another product (",
          place(product.site), ")");
   }

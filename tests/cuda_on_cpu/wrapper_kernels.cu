@@ -130,6 +130,17 @@ void numbers(const Tensor& x, const Tensor& singles, const Tensor& pairs, const 
   }
 }
 
+__global__ void clamp_kernel(const float* x, float* out) {
+  const int i = threadIdx.x;
+  const auto word = [](float v) { return __float_as_uint(v); };
+  out[i] = __uint_as_float(clamp(word(x[i]), word(-1.0f), word(2.0f), float()));
+}
+
+void clamp_numbers(const Tensor& x, const Tensor& out) {
+  start(clamp_kernel, dim3(1), dim3(static_cast<unsigned>(x.numel())), 0, data<float>(x),
+        data<float>(out));
+}
+
 __global__ void round_kernel(const float* x, float* out) {
   const int i = threadIdx.x;
   out[i] = round_tf32(x[i]);
@@ -227,6 +238,22 @@ void poll_in_vain() {
   start(poll_in_vain_kernel, dim3(1), dim3(64), sizeof(Mbarrier));
 }
 
+// --- registers ------------------------------------------------------------------------------
+
+// Three warpgroups, of which the first gives what the others take: exactly as many, or too few.
+template <int given, int taken>
+__global__ void registers_kernel() {
+  if (threadIdx.x < 128) {
+    give_registers<given>();
+  } else {
+    take_registers<taken>();
+  }
+}
+
+void share_registers(bool too_few) {
+  start(too_few ? registers_kernel<80, 216> : registers_kernel<88, 208>, dim3(1), dim3(384), 0);
+}
+
 // --- matrices -------------------------------------------------------------------------------
 
 // The four 8x8 matrices of x [32][8] as registers [lane][4].
@@ -248,19 +275,27 @@ void ldmatrix(const Tensor& x, const Tensor& plain, const Tensor& transposed) {
 }
 
 // d [16][8] += a [16][16] b [8][16]^T, each register from memory as the PTX ISA says.
+// 16 numbers of 16 bits, or 8 of 32, are the sum's.
 template <class T>
 __global__ void mma_kernel(const T* a, const T* b, float* d) {
+  constexpr int in_word = 4 / sizeof(T), depth = 8 * in_word;
   const int lane = threadIdx.x, group = lane / 4, in_group = lane % 4;
   const auto word = [](const T* from) { return *reinterpret_cast<const uint32_t*>(from); };
   uint32_t left[4], right[2];
   for (int i = 0; i < 4; ++i) {
-    left[i] = word(a + (group + i % 2 * 8) * 16 + i / 2 * 8 + in_group * 2);
+    left[i] = word(a + (group + i % 2 * 8) * depth + i / 2 * (depth / 2) + in_group * in_word);
   }
-  for (int i = 0; i < 2; ++i) right[i] = word(b + group * 16 + i * 8 + in_group * 2);
+  for (int i = 0; i < 2; ++i) {
+    right[i] = word(b + group * depth + i * (depth / 2) + in_group * in_word);
+  }
   const auto place = [&](int i) { return (group + i / 2 * 8) * 8 + in_group * 2 + i % 2; };
   float sums[4];
   for (int i = 0; i < 4; ++i) sums[i] = d[place(i)];
-  mma_16816(sums, left, right, T());
+  if constexpr (sizeof(T) == 4) {
+    mma_1688(sums, left, right);
+  } else {
+    mma_16816(sums, left, right, T());
+  }
   for (int i = 0; i < 4; ++i) d[place(i)] = sums[i];
 }
 
@@ -269,18 +304,18 @@ __global__ void mma_kernel(const T* a, const T* b, float* d) {
 template <class T, int columns>
 __global__ void wgmma_kernel(const Bytes16* a, const Bytes16* b, float* d, int depth) {
   Bytes16* const left = reinterpret_cast<Bytes16*>(shared_memory());
-  const int thread = threadIdx.x, eights = depth / 8;
-  Bytes16* const right = left + 64 * eights;
-  for (int i = thread; i < 64 * eights; i += 128) left[i % eights * 64 + i / eights] = a[i];
-  for (int i = thread; i < columns * eights; i += 128) {
-    right[i % eights * columns + i / eights] = b[i];
+  const int thread = threadIdx.x, planes = depth * static_cast<int>(sizeof(T)) / 16;
+  Bytes16* const right = left + 64 * planes;
+  for (int i = thread; i < 64 * planes; i += 128) left[i % planes * 64 + i / planes] = a[i];
+  for (int i = thread; i < columns * planes; i += 128) {
+    right[i % planes * columns + i / planes] = b[i];
   }
   fence_async();
   sync_block();
   take_registers<240>();
   float sums[columns / 2];
   wgmma_fence();
-  for (int k = 0; k < eights; k += 2) {
+  for (int k = 0; k < planes; k += 2) {
     const uint64_t x = matrix_at(matrix(left, 64 * 16, 128), k * 64 * 16);
     const uint64_t w = matrix_at(matrix(right, columns * 16, 128), k * columns * 16);
     wgmma(sums, x, w, k > 0, T());
@@ -301,7 +336,7 @@ void multiply_as(const Tensor& a, const Tensor& b, const Tensor& d) {
     return start(mma_kernel<T>, dim3(1), dim3(32), 0, data<T>(a), data<T>(b), data<float>(d));
   }
   const auto run = [&](auto kernel) {
-    const auto bytes = static_cast<size_t>((a.numel() + b.numel()) * 2);
+    const auto bytes = static_cast<size_t>((a.numel() + b.numel()) * sizeof(T));
     start(kernel, dim3(1), dim3(128), bytes, data<Bytes16>(a), data<Bytes16>(b), data<float>(d),
           static_cast<int>(a.size(1)));
   };
@@ -312,6 +347,7 @@ void multiply_as(const Tensor& a, const Tensor& b, const Tensor& d) {
 
 void multiply(const Tensor& a, const Tensor& b, const Tensor& d) {
   if (a.scalar_type() == ScalarType::Half) return multiply_as<half>(a, b, d);
+  if (a.scalar_type() == ScalarType::Float) return multiply_as<float>(a, b, d);
   multiply_as<bfloat16>(a, b, d);
 }
 
@@ -324,15 +360,18 @@ STABLE_TORCH_LIBRARY(cuda_on_cpu_test, m) {
   m.def("shuffles(Tensor x, Tensor(a!) rotated, Tensor(b!) swapped) -> ()");
   m.def("reversals(Tensor x, Tensor(a!) out) -> ()");
   m.def("numbers(Tensor x, Tensor(a!) singles, Tensor(b!) pairs, Tensor(c!) back) -> ()");
+  m.def("clamp(Tensor x, Tensor(a!) out) -> ()");
   m.def("round(Tensor x, Tensor(a!) out) -> ()");
   m.def("copies(Tensor x, Tensor(a!) out, int threads) -> ()");
   m.def("ring(Tensor x, Tensor(a!) out, bool polls) -> ()");
   m.def("poll_in_vain() -> ()");
+  m.def("registers(bool too_few) -> ()");
   m.def("ldmatrix(Tensor x, Tensor(a!) plain, Tensor(b!) transposed) -> ()");
   m.def("multiply(Tensor a, Tensor b, Tensor(a!) d) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CompositeExplicitAutograd, m) {
   m.impl("poll_in_vain", TORCH_BOX(&resnet_fused::cuda::poll_in_vain));
+  m.impl("registers", TORCH_BOX(&resnet_fused::cuda::share_registers));
 }
 STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CPU, m) {
   m.impl("indices", TORCH_BOX(&resnet_fused::cuda::indices));
@@ -340,6 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_on_cpu_test, CPU, m) {
   m.impl("shuffles", TORCH_BOX(&resnet_fused::cuda::shuffles));
   m.impl("reversals", TORCH_BOX(&resnet_fused::cuda::reversals));
   m.impl("numbers", TORCH_BOX(&resnet_fused::cuda::numbers));
+  m.impl("clamp", TORCH_BOX(&resnet_fused::cuda::clamp_numbers));
   m.impl("round", TORCH_BOX(&resnet_fused::cuda::round));
   m.impl("copies", TORCH_BOX(&resnet_fused::cuda::copies));
   m.impl("ring", TORCH_BOX(&resnet_fused::cuda::ring));
