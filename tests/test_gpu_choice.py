@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from resnet_fused.backends import cuda_conv, gpu_kernels, native_cuda
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import BY_NAME, CONFIGS, SHARED_BYTES, candidates
 from resnet_fused.conv_choice import LIBRARY, ConvProblem
@@ -42,6 +45,20 @@ def test_the_library_is_the_default(hopper: dict[str, str]) -> None:
 
 
 KINDS: tuple[Kind, ...] = ("inference", "train_output", "train_behind_norm", "train_input")
+
+
+def test_the_gradient_of_a_tensor_has_compiled_kernels_only(
+    monkeypatch: pytest.MonkeyPatch, hopper: dict[str, str]
+) -> None:
+    monkeypatch.setattr(native_cuda, "available", True)
+    monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
+    kind: Kind = "train_tensor_input"
+    names = gpu_choice.admitted(kind, PROBLEM, HALF, 90)
+    assert "wgmma_256x64" in names and not set(names) & set(BY_NAME)
+    hopper[gpu_choice.key(kind, PROBLEM, HALF)] = "wgmma_256x64"
+    assert choose(kind) == "wgmma_256x64"
+    with gpu_choice.only_triton():
+        assert choose(kind) == LIBRARY
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,6 +117,43 @@ def test_tiles_fit_every_chip() -> None:
         for itemsize in (2, 4):
             found = candidates(PROBLEM, itemsize, arch, "tf32")
             assert found and all(c.shared_bytes(itemsize) <= limit for c in found)
+
+
+def test_compiled_convolutions_fit_every_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_cuda, "available", True)
+    monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
+    one = replace(PROBLEM, kernel=(1, 1), padding=(0, 0), out_channels=256)
+
+    def names(arch: int, problem: ConvProblem = one, dtype: torch.dtype = HALF) -> set[str]:
+        return set(gpu_choice.admitted("inference", problem, dtype, arch)) & set(cuda_conv.BY_NAME)
+
+    assert {"mma_128x64", "mma_128x128", "wgmma_256x64", "pingpong_256x64"} <= names(90)
+    assert names(80) == names(100) == {"mma_128x64", "mma_128x128"}
+    assert names(89) == names(86) == {"mma_128x64"}  # 99 KiB a block
+    wide = replace(PROBLEM, size=(4, 200))
+    assert "mma_128x64" not in names(89, wide) and "mma_128x64" in names(90, wide)
+    monkeypatch.setattr(gpu_choice, "precision", lambda dtype: "ieee")
+    assert not names(90, dtype=torch.float32)
+    monkeypatch.setattr(gpu_choice, "precision", lambda dtype: "tf32")
+    assert {"mma_128x64", "wgmma_256x64"} <= names(90, dtype=torch.float32)
+    assert names(90, replace(one, channels=12), torch.float32) and not names(
+        90, replace(one, channels=12)
+    )
+
+
+def test_compiled_convolutions_have_no_other_activations(
+    monkeypatch: pytest.MonkeyPatch, hopper: dict[str, str]
+) -> None:
+    """In training; Triton's have all."""
+    monkeypatch.setattr(native_cuda, "available", True)
+    monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
+    monkeypatch.setattr(gpu_kernels, "unusable", lambda tensor: None)
+    for kind in ("train_behind_norm", "train_input"):
+        hopper[gpu_choice.key(cast(Kind, kind), PROBLEM, HALF)] = "wgmma_256x64"
+    geometry: Any = GEOMETRY
+    both = gpu_choice.choose_training(X, WEIGHT, geometry, act="relu6")
+    assert both == ("wgmma_256x64", "wgmma_256x64", LIBRARY)
+    assert gpu_choice.choose_training(X, WEIGHT, geometry, act="silu") == (LIBRARY,) * 3
 
 
 def test_precision_follows_torchs_switches() -> None:

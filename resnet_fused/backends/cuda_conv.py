@@ -26,7 +26,7 @@ _CHUNK_BYTES = 128  # of input channels, that are multiplied at once
 _PLANE_BYTES = 16  # of them that lie together
 _OUTPUTS = 8  # that a thread stores
 _MOST_TAPS, _MOST_PHASES = 49, 4
-_SHARED_BYTES = 227 << 10
+_BARRIER_BYTES = 1024
 _NORM_BYTES = 12  # of a channel
 _HOPPER = ("wgmma", "pingpong")
 _MOST_RESIDENT = 16  # blocks of weights
@@ -75,11 +75,12 @@ _WITHOUT["gradient"] = {"wgmma_256x128", *_WITHOUT["forward"]}
 
 
 def candidates(
-    problem: ConvProblem, dtype: torch.dtype, arch: int, step: Step = "inference"
+    problem: ConvProblem, dtype: torch.dtype, arch: int, shared_bytes: int, step: Step = "inference"
 ) -> tuple[str, ...]:
     """The algorithms that can run a problem by code for compute capability `arch`.
 
     Args:
+        shared_bytes: what a block may have on the chip.
         dtype: float32 is multiplied as TF32.
         problem: of the gradient, the convolution that makes it.
     """
@@ -87,7 +88,7 @@ def candidates(
     if not native_cuda.available or (dtype not in _DTYPES and not (wide and step == "inference")):
         return ()
     normalised = {"inference": 0, "forward": problem.channels, "gradient": problem.out_channels}
-    room = _SHARED_BYTES - _NORM_BYTES * normalised[step]
+    room = shared_bytes - _up(_NORM_BYTES * normalised[step], 128)
     without = _WITHOUT["float32" if wide else step]
     left = (a for a in ALGORITHMS if a.name not in without)
     return tuple(a.name for a in left if _takes(a, problem, arch, dtype.itemsize, room))
@@ -124,20 +125,26 @@ def _takes(algorithm: Algorithm, problem: ConvProblem, arch: int, itemsize: int,
 def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, itemsize: int, room: int) -> bool:
     """Whether so many bytes of shared memory have room for what a tile reads."""
     (height, width), (down, right) = problem.kernel, problem.dilation
-    pitch = problem.size[1] + width * right
-    places = algorithm.rows + (height - 1) * down * pitch + (width - 1) * right + 8
+    pitch = problem.size[1] + width * right  # of a line of places, at most
+    places = algorithm.rows + (height - 1) * down * pitch + (width - 1) * right
     if algorithm.kernel == "mma":
         tiles, weights = 4 if height * width == 1 or problem.stride != (1, 1) else 2, 4
     else:
         tiles, weights = 2, 2
+        room -= _BARRIER_BYTES
     if algorithm.kernel == "pingpong":  # all of them
         chunks = -(-block * (problem.channels // problem.groups) * itemsize // _CHUNK_BYTES)
         weights = -(-problem.out_channels // algorithm.columns) * chunks * height * width
         if weights > _MOST_RESIDENT:
             return False
         tiles = 2 if chunks == 1 and problem.stride == (1, 1) else 4
-    needed = (tiles * places + weights * algorithm.columns) * _CHUNK_BYTES
-    return needed + 1024 + 128 <= room
+    plane = _up(places * _PLANE_BYTES - 16, 128) + 16
+    planes = _CHUNK_BYTES // _PLANE_BYTES
+    return tiles * planes * plane + weights * algorithm.columns * _CHUNK_BYTES <= room
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -94,7 +94,8 @@ def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) ->
     step, code = _STEPS.get(kind, "inference"), native_cuda.code_for(arch)
     compiled: tuple[str, ...] = ()
     if dtype != torch.float32 or precision(dtype) == "tf32":
-        compiled = cuda_conv.candidates(problem, dtype, code, step)
+        room = configs.shared_bytes(arch)
+        compiled = cuda_conv.candidates(problem, dtype, code, room, step)
     if kind == "train_tensor_input":  # Triton's gathers what a batch norm wants
         return LIBRARY, *compiled
     found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))

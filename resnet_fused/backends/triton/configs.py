@@ -73,7 +73,7 @@ def candidates(
     outputs = problem.out_channels // problem.groups
     height, width = problem.out_size
     pixels = problem.batch * height * width
-    limit = SHARED_BYTES.get(arch, _LEAST_SHARED)
+    limit = shared_bytes(arch)
     return tuple(
         c
         for c in CONFIGS
@@ -83,6 +83,11 @@ def candidates(
         and (c.block_m <= 64 or c.block_m < 2 * pixels)
         and (not c.tma or (arch >= _TMA_ARCH and takes_tma(problem, itemsize)))
     )
+
+
+def shared_bytes(arch: int) -> int:
+    """What one block may have on this compute capability, or on every known one."""
+    return SHARED_BYTES.get(arch, _LEAST_SHARED)
 
 
 def takes_tma(problem: ConvProblem, itemsize: int) -> bool:
