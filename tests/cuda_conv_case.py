@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_case import HAS_GPU
+from cuda_case import HAS_GPU, operators
 from torch import Tensor
 
 from resnet_fused.backends import cuda_conv, native_cuda
@@ -62,3 +62,12 @@ def tf32(x: Tensor) -> Tensor:
     """The nearest numbers with 10 bits of mantissa, the larger if two are."""
     bits = x.view(torch.int32)
     return torch.where(x.isfinite(), (bits + 0x1000) & -0x2000, bits).view(torch.float32)
+
+
+def packed(weight: Tensor, groups: int, algorithm: str) -> Tensor:
+    """The weight as the algorithm reads it."""
+    chosen = cuda_conv.BY_NAME[algorithm]
+    if chosen is cuda_conv.STEM:
+        return cuda_conv.pack_stem(weight)
+    numbers: Tensor = operators()._cuda_pack(weight, groups, chosen.columns, False)
+    return numbers

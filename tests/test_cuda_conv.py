@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from cuda_case import DEVICE, needs_cuda_kernels, operators
-from cuda_conv_case import SHAPES, kernels, problem, tf32
+from cuda_conv_case import SHAPES, kernels, packed, problem, tf32
 from test_functional import noise
 from tolerance import assert_parity
 from torch import Tensor
@@ -24,15 +24,6 @@ from resnet_fused.backends import cuda_conv, reference
 pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
 
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-def packed(weight: Tensor, groups: int, algorithm: str) -> Tensor:
-    """The weight as the algorithm reads it."""
-    chosen = cuda_conv.BY_NAME[algorithm]
-    if chosen is cuda_conv.STEM:
-        return cuda_conv.pack_stem(weight)
-    numbers: Tensor = operators()._cuda_pack(weight, groups, chosen.columns, False)
-    return numbers
 
 
 class Call:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels, operators
+from cuda_conv_case import packed
 from test_functional import noise
 from tolerance import assert_parity
 from torch import Tensor
@@ -52,7 +53,7 @@ class Case(NamedTuple):
         geometry = [[self.stride] * 2, [self.kernel // 2] * 2, [1, 1]]
         flat = [self.kernel, self.kernel, *(number for pair in geometry for number in pair)]
         numbers, *vectors = (
-            t.to(DEVICE) for t in (cuda_conv.pack(weight, 1, algorithm), scale, shift)
+            t.to(DEVICE) for t in (packed(weight.to(DEVICE), 1, algorithm), scale, shift)
         )
         ours = operators()._cuda_conv(
             last_of(self.batch, x), numbers, *vectors, last_of(self.batch, residual), self.outputs,
@@ -146,7 +147,7 @@ def test_stem_of_a_row_past_int32(run_blocks: Callable[[int, int, int], None]) -
     x = torch.empty(1, 3, 1, width, dtype=torch.float16, memory_format=torch.channels_last)
     begin = x[..., : 2 * seen + 2].normal_()
     weight = noise(8, 3, 3, 3, dtype=torch.float16, seed=1)
-    numbers = cuda_conv.pack(weight, 1, "stem_16x16")
+    numbers = packed(weight.to(DEVICE), 1, "stem_16x16")
     run_blocks(0, 0, 1)
     y = operators()._cuda_conv(
         x, numbers, None, None, None, 8, [3, 3, 2, 2, 1, 1, 1, 1], 1, "none", 0.0, "stem_16x16"
@@ -179,7 +180,7 @@ def test_all_of_it_on_a_gpu() -> None:
 
 def refuse(x: Tensor, geometry: list[int], message: str, algorithm: str = "mma_128x64") -> None:
     channels = x.shape[1]
-    numbers = cuda_conv.pack(x.new_zeros(channels, channels, *geometry[:2]), 1, algorithm)
+    numbers = packed(x.new_zeros(channels, channels, *geometry[:2]), 1, algorithm)
     with pytest.raises(RuntimeError, match=message):
         operators()._cuda_conv(
             x, numbers, None, None, None, channels, geometry, 1, "none", 0.0, algorithm

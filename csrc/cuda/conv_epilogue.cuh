@@ -206,7 +206,8 @@ struct Epilogue {
 };
 
 // The rows of a thread's accumulators, two in each of `parts` tiles of matrix instructions. What a
-// block reads is loaded while the one before is stored, if registers suffice for two (`ahead`).
+// block reads is loaded while the one before is stored, if registers suffice for two (`ahead`);
+// else before it, or part by part where that is twice as much.
 template <class T, Behind behind, int parts, int blocks, bool ahead>
 struct EpilogueRows {
   using Of = Epilogue<T, behind>;
@@ -226,17 +227,18 @@ struct EpilogueRows {
                              int thread)
       : epilogue(out, staged, first_column, thread), lane(thread % 32) {}
 
-  DEVICE_INLINE void load(int block) {
+  DEVICE_INLINE void load_part(int block, int h) {
     if constexpr (behind != Behind::statistics) {
 #pragma unroll
-      for (int h = 0; h < parts; ++h) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          read[h][j].residual = epilogue.read(epilogue.out.residual, pixel[h][j], block);
-          if (kGradient) read[h][j].z = epilogue.read(epilogue.out.z, pixel[h][j], block);
-        }
+      for (int j = 0; j < 2; ++j) {
+        read[h][j].residual = epilogue.read(epilogue.out.residual, pixel[h][j], block);
+        if (kGradient) read[h][j].z = epilogue.read(epilogue.out.z, pixel[h][j], block);
       }
     }
+  }
+  DEVICE_INLINE void load(int block) {
+#pragma unroll
+    for (int h = 0; h < parts; ++h) load_part(block, h);
   }
 
   // Before the products, once the pixels are known.
@@ -258,7 +260,7 @@ struct EpilogueRows {
     }
 #pragma unroll
     for (int block = 0; block < blocks; ++block) {
-      if (!ahead) load(block);
+      if (!ahead && !kGradient) load(block);
       Read now[parts][2];
 #pragma unroll
       for (int h = 0; h < parts; ++h) now[h][0] = read[h][0], now[h][1] = read[h][1];
@@ -275,6 +277,10 @@ struct EpilogueRows {
         }
 #pragma unroll
         for (int h = 0; h < parts; ++h) {
+          if (!ahead && kGradient) {
+            load_part(block, h);
+            now[h][0] = read[h][0], now[h][1] = read[h][1];
+          }
 #pragma unroll
           for (int j = 0; j < 2; ++j)
             epilogue.row(acc[h], 2 * j, pixel[h][j], block, vectors, now[h][j].residual,
