@@ -41,8 +41,18 @@ class Case(NamedTuple):
         """Of csrc/cuda/conv_geometry.h: neighbours share rows and columns of padding."""
         return self.batch * (self.size + self.kernel // 2) ** 2
 
-    def check(self, algorithm: str, outputs: slice = slice(None)) -> None:
-        """The last images, of these output channels, against the formula."""
+    def check(
+        self,
+        algorithm: str,
+        outputs: slice = slice(None),
+        run_blocks: Callable[..., None] = lambda *blocks: None,
+        blocks: tuple[int, int, int] = (0, 0, -1),
+    ) -> None:
+        """The last images, of these output channels, against the formula.
+
+        Args:
+            run_blocks: the fixture, and what of it is for the convolution alone.
+        """
         x = noise(IMAGES, self.channels, self.size, self.size, dtype=torch.float16)
         fan = self.channels * self.kernel**2
         weight = noise(self.outputs, self.channels, *[self.kernel] * 2, dtype=x.dtype, seed=1)
@@ -55,6 +65,7 @@ class Case(NamedTuple):
         numbers, *vectors = (
             t.to(DEVICE) for t in (packed(weight.to(DEVICE), 1, algorithm), scale, shift)
         )
+        run_blocks(*blocks)
         ours = operators()._cuda_conv(
             last_of(self.batch, x), numbers, *vectors, last_of(self.batch, residual), self.outputs,
             flat, 1, "relu", 0.0, algorithm,
@@ -128,8 +139,9 @@ def test_tiles_at_the_end(
     for turn in (1,) if algorithm.kernel == "mma" else (1, 2):
         blocks = -(-tiles // turn)
         last = tiles - (turn - 1) * blocks
-        run_blocks(blocks, last - 1, last)
-        case.check(algorithm.name, slice((columns - 1) * algorithm.columns, None))
+        run_blocks(0, 0, -1)
+        end = slice((columns - 1) * algorithm.columns, None)
+        case.check(algorithm.name, end, run_blocks, (blocks, last - 1, last))
 
 
 @in_emulator
