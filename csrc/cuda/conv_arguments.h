@@ -110,7 +110,8 @@ struct ConvArguments {
   int block_in, block_out;
   int chunks;        // of a block's input channels
   int column_tiles;  // of all output channels
-  int64_t tiles;
+  int tiles;
+  Divider by_column_tiles;
   int input_slots, weight_slots;  // of the pipelines in shared memory, of each ring
   bool resident;                  // all weights have a slot, and stay
   int plane;                      // bytes from one plane of an input tile to the next
@@ -123,26 +124,14 @@ struct ConvArguments {
       cuda::stage_norm(before.norm, geometry.channels, to);
     if (behind == Behind::gradient) cuda::stage_norm(out.behind.norm, out.channels, to);
   }
+  // A tile's row and column of tiles.
+  DEVICE_INLINE int row_tile(int tile) const { return static_cast<int>(by_column_tiles(tile)); }
+  DEVICE_INLINE int column_tile(int tile) const { return tile - row_tile(tile) * column_tiles; }
+
   DEVICE_INLINE int first_channel(int column_tile, int columns) const {
     return column_tile * columns / block_out * block_in;
   }
 };
-
-// Visits `places` places from `first` on by `warps` warps: each finds 32 pixels, one a lane, and
-// visits four at a time, eight lanes (planes) each, `unroll` times in a row. Calls
-// body(place, pixel), pixel -1 if there is none.
-template <int warps, int unroll, class Body>
-DEVICE_INLINE void for_places(const ConvGeometry& g, const Phase& phase, int first, int places,
-                              int warp, int lane, const Body& body) {
-  for (int begin = warp * 32; begin < places; begin += warps * 32) {
-    const int mine = begin + lane < places ? g.pixel(first + begin + lane, phase) : -1;
-#pragma unroll unroll
-    for (int i = 0; i < 8; ++i) {
-      const int place = begin + 4 * i + lane / 8, pixel = shuffle(mine, 4 * i + lane / 8);
-      if (place < places) body(place, pixel);
-    }
-  }
-}
 
 // A piece of the input on its way to shared memory.
 struct InputPiece {
@@ -152,34 +141,54 @@ struct InputPiece {
   unsigned char* to;
 };
 
+// Visits a piece's places by `warps` warps: each finds 32 pixels, one a lane, and visits four at a
+// time, eight lanes (planes) each, `unroll` times in a row. Calls body(place, pixel, there), pixel
+// 0 where it is not there; of places, 32 at a time, some lie behind the last. Without branches: a
+// loading warp does little else, and copies behind branches are not joined to whole lines.
+template <int warps, int unroll, class T, class Body>
+DEVICE_INLINE void for_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
+                              int lane, const Body& body) {
+  const Phase& phase = a.geometry.phase[piece.phase];
+  for (int begin = warp * 32; begin < piece.places; begin += warps * 32) {
+    const int found = a.geometry.pixel(piece.first + begin + lane, phase);
+    const int mine = begin + lane < piece.places ? found : -1;
+#pragma unroll unroll
+    for (int i = 0; i < 8; ++i) {
+      const int pixel = shuffle(mine, 4 * i + lane / 8);
+      body(begin + 4 * i + lane / 8, pixel < 0 ? 0 : pixel, (pixel >= 0) & piece.valid);
+    }
+  }
+}
+
 template <int warps, class T>
 DEVICE_INLINE void copy_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
                                int lane) {
-  const T* const from = a.input + piece.channel;
-  for_places<warps, 8>(a.geometry, a.geometry.phase[piece.phase], piece.first, piece.places, warp,
-                       lane, [&](int place, int pixel) {
-                         const bool there = piece.valid && pixel >= 0;
-                         cp_async_16(piece.to + place * 16,
-                                     there ? from + int64_t{pixel} * a.geometry.channels : a.input,
-                                     there);
-                       });
+  const unsigned char* const from = reinterpret_cast<const unsigned char*>(a.input + piece.channel);
+  const uint32_t pitch = a.geometry.channels * static_cast<uint32_t>(sizeof(T));
+  // Warps that multiply as well have fewer registers to spare.
+  for_places<warps, (warps < 4 ? 8 : 4)>(
+      a, piece, warp, lane, [&](int place, int pixel, bool there) {
+        cp_async_16(piece.to + place * 16, from + uint64_t{static_cast<uint32_t>(pixel)} * pitch,
+                    there);
+      });
 }
 
-// Calls change(v) with the numbers of every place that has a pixel, of those that the same thread
-// copied, which have arrived.
+// Calls change(v) with the numbers of every place, of those that the same thread copied, which have
+// arrived; where there is no pixel they stay 0.
 template <int warps, class T, class Change>
 DEVICE_INLINE void change_places(const ConvArguments<T>& a, const InputPiece& piece, int warp,
                                  int lane, const Change& change) {
   constexpr int n = kPlaneChannels<T>;
-  for_places<warps, 2>(a.geometry, a.geometry.phase[piece.phase], piece.first, piece.places, warp,
-                       lane, [&](int place, int pixel) {
-                         if (!piece.valid || pixel < 0) return;
-                         Bytes16* const at = reinterpret_cast<Bytes16*>(piece.to + place * 16);
-                         float v[n];
-                         widen<T, n>(*at, v);
-                         change(v);
-                         *at = narrow<T, n>(v);
-                       });
+  for_places<warps, 2>(a, piece, warp, lane, [&](int place, int, bool there) {
+    Bytes16* const at = reinterpret_cast<Bytes16*>(piece.to + place * 16);
+    float v[n];
+    widen<T, n>(*at, v);
+    change(v);
+    Bytes16 changed = narrow<T, n>(v);
+#pragma unroll
+    for (uint32_t& word : changed.words) word = there ? word : 0;
+    *at = changed;
+  });
 }
 
 // Whether what is copied has to be changed before it is multiplied.
@@ -210,11 +219,11 @@ DEVICE_INLINE void change_places(const ConvArguments<T>& a, const InputPiece& pi
   }
 }
 
-// Bytes from plane to plane for so many places: 16 more than a multiple of 128, so that the 8
-// planes' 16 bytes of one place, which are written together, lie in different banks.
+// Bytes from plane to plane for so many places, 32 of which are visited at a time: 16 more than a
+// multiple of 128, so that the 8 planes' 16 bytes of one place, which are written together, lie in
+// different banks.
 inline int plane_bytes(int places) {
-  const int bytes = places * 16;
-  return (bytes - 16 + 127) / 128 * 128 + 16;
+  return (places + 31) / 32 * 512 + 16;
 }
 
 }  // namespace resnet_fused::cuda

@@ -55,7 +55,7 @@ struct ConvGeometry {
   int out_channels, out_height, out_width;
   int stride_h, stride_w;
   int pitch, rows;        // of a line of places, and of an image
-  int64_t places;         // of all outputs
+  int places;             // of all outputs
   int least_shift, span;  // of all taps: shifts lie in [least_shift, least_shift + span]
   int phases;
   Phase phase[kMostPhases];
@@ -64,27 +64,27 @@ struct ConvGeometry {
   Divider by_pitch, by_image;
   bool bare;  // places are pixels, of the input and of the output
 
-  // The input pixel at a place, n * H * W + y * W + x, or -1.
+  // The input pixel at a place, n * H * W + y * W + x, or -1; without a branch but for `bare`.
   DEVICE_INLINE int pixel(int place, const Phase& p) const {
     if (bare) return place < places ? place : -1;
-    if (place < 0) return -1;
-    const int n = static_cast<int>(by_image(place));
-    const int within = place - n * static_cast<int>(by_image.divisor);
+    const int at = place < 0 ? 0 : place;
+    const int n = static_cast<int>(by_image(at));
+    const int within = at - n * static_cast<int>(by_image.divisor);
     const int row = static_cast<int>(by_pitch(within));
     const int y = row * stride_h + p.row;
     const int x = (within - row * pitch) * stride_w + p.column;
-    return n < images && y < height && x < width ? (n * height + y) * width + x : -1;
+    const bool there = (place >= 0) & (n < images) & (y < height) & (x < width);
+    return there ? (n * height + y) * width + x : -1;
   }
 
   // The same for the output.
-  DEVICE_INLINE int out_pixel(int64_t place) const {
-    if (place >= places) return -1;
-    const int at = static_cast<int>(place);
-    if (bare) return at;
-    const int n = static_cast<int>(by_image(at));
-    const int within = at - n * static_cast<int>(by_image.divisor);
+  DEVICE_INLINE int out_pixel(int place) const {
+    if (bare) return place < places ? place : -1;
+    const int n = static_cast<int>(by_image(place));
+    const int within = place - n * static_cast<int>(by_image.divisor);
     const int y = static_cast<int>(by_pitch(within)), x = within - y * pitch;
-    return y < out_height && x < out_width ? (n * out_height + y) * out_width + x : -1;
+    const bool there = (place < places) & (y < out_height) & (x < out_width);
+    return there ? (n * out_height + y) * out_width + x : -1;
   }
 };
 
@@ -120,8 +120,8 @@ inline bool make_geometry(int images, int channels, int height, int width, int o
   g.rows = line_pitch(height, g.out_height, o.kernel_h, o.stride_h, o.padding_h, o.dilation_h);
   g.by_pitch = Divider(g.pitch);
   const int64_t image = int64_t{g.pitch} * g.rows;
-  g.places = images * image;
-  if (g.places >= (int64_t{1} << 31) - (1 << 20)) return false;
+  if (images * image >= (int64_t{1} << 31) - (1 << 20)) return false;
+  g.places = static_cast<int>(images * image);
   g.by_image = Divider(static_cast<uint32_t>(image));
   g.phases = g.taps = 0;
   int least = 1 << 30, most = -(1 << 30);

@@ -69,7 +69,10 @@ ConvArguments<T> arguments_of(const ConvCall& call, int rows, int columns) {
         g.out_channels);
   a.chunks = (a.block_in + kChunk<T> - 1) / kChunk<T>;
   a.column_tiles = (g.out_channels + columns - 1) / columns;
-  a.tiles = (g.places + rows - 1) / rows * a.column_tiles;
+  const int64_t tiles = (g.places + rows - 1) / rows * a.column_tiles;
+  check(tiles < (int64_t{1} << 31) - (1 << 20), call.op, ": too many tiles, ", tiles);
+  a.tiles = static_cast<int>(tiles);
+  a.by_column_tiles = Divider(a.column_tiles);
   a.plane = plane_bytes(rows + g.span);
   check_packed(call, int64_t{a.column_tiles} * a.chunks * g.taps * columns * kChunk<T>);
   if (call.norm != nullptr) {
@@ -89,11 +92,10 @@ ConvArguments<T> arguments_of(const ConvCall& call, int rows, int columns) {
 template <class T, Behind behind>
 unsigned blocks_of(const ConvCall& call, ConvArguments<T>& a, int at_once, int rows) {
   if constexpr (behind == Behind::affine) {
-    return static_cast<unsigned>(std::min<int64_t>(a.tiles, at_once));
+    return static_cast<unsigned>(std::min(a.tiles, at_once));
   } else {
-    const int64_t across = std::max(1, at_once / a.column_tiles);
-    const int64_t below = std::min(a.tiles / a.column_tiles, across);
-    a.out.total_rows = static_cast<int>(below) * rows;
+    const int below = std::min(a.tiles / a.column_tiles, std::max(1, at_once / a.column_tiles));
+    a.out.total_rows = below * rows;
     call.totals.emplace(a.out.total_rows, a.out.channels, call.input);
     a.out.totals = call.totals->data();
     if (behind == Behind::statistics) {
@@ -151,9 +153,8 @@ void run_mma(const ConvCall& call) {
       a.norm_bytes + a.input_slots * kPlanes * a.plane + a.weight_slots * Kernel::kWeightBytes;
   check(bytes <= kSharedBytes, call.op, ": images of ", g.width,
         " columns are too wide for the algorithm");
-  check(a.tiles < int64_t{1} << 31, call.op, ": too many tiles, ", a.tiles);
   const OnDeviceOf device(call.input);
-  const int at_once = behind == Behind::affine ? static_cast<int>(a.tiles) : 2 * multiprocessors();
+  const int at_once = behind == Behind::affine ? a.tiles : 2 * multiprocessors();
   const unsigned grid = blocks_of<T, behind>(call, a, at_once, Kernel::kTableRows);
   device.launch(call.op, conv_mma_kernel<T, behind, columns>, dim3(grid), dim3(kMmaThreads), bytes,
                 a);

@@ -35,8 +35,8 @@ struct ConvMma {
 
   DEVICE_INLINE explicit ConvMma(const ConvArguments<T>& arguments)
       : a(arguments),
-        column_tile(static_cast<int>(blockIdx.x % arguments.column_tiles)),
-        first_place(static_cast<int>(blockIdx.x / arguments.column_tiles) * kMmaRows),
+        column_tile(arguments.column_tile(blockIdx.x)),
+        first_place(arguments.row_tile(blockIdx.x) * kMmaRows),
         norm(reinterpret_cast<float*>(shared_memory())),
         inputs(shared_memory() + arguments.norm_bytes),
         weights(inputs + arguments.input_slots * kPlanes * arguments.plane) {}
@@ -92,12 +92,12 @@ struct ConvMma {
     a.template stage_norm<behind>(norm);
     sync_block();
     const int step = static_cast<int>(gridDim.x) / a.column_tiles * kMmaRows;
-    for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, first_place += step) {
+    for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, first_place += step) {
       run_tile(totals);
       sync_block();  // what was read is overwritten
     }
     const int warp = threadIdx.x / 32;
-    const int row = static_cast<int>(blockIdx.x) / a.column_tiles * kTableRows + warp / 2;
+    const int row = a.row_tile(blockIdx.x) * kTableRows + warp / 2;
     totals.write(a.out, row, column_tile * columns + warp % 2 * (columns / 2), threadIdx.x % 32);
   }
 
@@ -174,16 +174,15 @@ struct ConvMma {
                            Totals& totals) const {
     // Where the tile is, told anew: kept during the products, it would be spilled.
     const int block_index = shuffle(static_cast<int>(blockIdx.x), 0);
-    const int column_tile = block_index % a.column_tiles;
-    const int first =
-        behind == Behind::affine ? block_index / a.column_tiles * kMmaRows : first_place;
+    const int column_tile = a.column_tile(block_index);
+    const int first = behind == Behind::affine ? a.row_tile(block_index) * kMmaRows : first_place;
     EpilogueRows<T, behind, 2, columns / 2 / 32, false> rows(a.out, norm,
                                                              column_tile * columns + column, lane);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int64_t at = int64_t{first} + row + m * 16 + lane / 4 + j * 8;
+        const int at = first + row + m * 16 + lane / 4 + j * 8;
         rows.pixel[m][j] = a.geometry.out_pixel(at);
       }
     }

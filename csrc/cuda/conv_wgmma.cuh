@@ -116,7 +116,7 @@ struct ConvWgmma {
     const ConvArguments<T>& a;
     int plane;
     Stages<kRings> turn;
-    int64_t tile;
+    int tile;
     int chunk = 0, phase = 0;
     int first, base;  // place and channel
 
@@ -150,9 +150,8 @@ struct ConvWgmma {
 
    private:
     DEVICE_INLINE void find_tile() {
-      const int column_tile = static_cast<int>(tile % a.column_tiles);
-      first = static_cast<int>(tile / a.column_tiles) * kRows + a.geometry.least_shift;
-      base = a.first_channel(column_tile, columns);
+      first = a.row_tile(tile) * kRows + a.geometry.least_shift;
+      base = a.first_channel(a.column_tile(tile), columns);
     }
   };
 
@@ -191,10 +190,10 @@ struct ConvWgmma {
     const ConvGeometry& g = a.geometry;
     Turn turn(a.weight_slots);
     // Resident weights come once, those of all column tiles.
-    const int64_t begin = a.resident ? 0 : blockIdx.x, step = a.resident ? 1 : gridDim.x;
-    const int64_t end = a.resident ? a.column_tiles : a.tiles;
-    for (int64_t tile = begin; tile < end; tile += step) {
-      const T* const first = a.weights + (tile % a.column_tiles) * a.chunks * g.taps *
+    const int begin = a.resident ? 0 : blockIdx.x, step = a.resident ? 1 : gridDim.x;
+    const int end = a.resident ? a.column_tiles : a.tiles;
+    for (int tile = begin; tile < end; tile += step) {
+      const T* const first = a.weights + int64_t{a.column_tile(tile)} * a.chunks * g.taps *
                                              (kWeightBytes / static_cast<int>(sizeof(T)));
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
         for (int tap = 0; tap < g.taps; ++tap) {
@@ -219,17 +218,17 @@ struct ConvWgmma {
     const ConvGeometry& g = a.geometry;
     const int thread = threadIdx.x % kWarpgroup;
     const int first_row = alternate ? 0 : half * parts * 64;
-    const int64_t begin = blockIdx.x + (alternate ? half * static_cast<int64_t>(gridDim.x) : 0);
+    const int step = gridDim.x, begin = blockIdx.x + (alternate ? half * step : 0);
     Turn input(a.input_slots), weight(a.weight_slots);
     ChannelTotals<behind, columns / 32> totals;
-    for (int64_t tile = begin; tile < a.tiles; tile += kRings * static_cast<int64_t>(gridDim.x)) {
+    for (int tile = begin; tile < a.tiles; tile += kRings * step) {
       Rows output = rows_of(tile, first_row, thread);
       float acc[parts][columns / 2] = {};
       Mbarrier* done_input = nullptr;  // to be told once the products under way are done
       Mbarrier* done_weight = nullptr;
       if (a.resident) {
         weight = Turn(a.weight_slots);
-        weight.slot = static_cast<int>(tile % a.column_tiles) * a.chunks * g.taps;
+        weight.slot = a.column_tile(tile) * a.chunks * g.taps;
       }
       for (int chunk = 0; chunk < a.chunks; ++chunk) {
         for (int phase = 0; phase < g.phases; ++phase) {
@@ -268,10 +267,9 @@ struct ConvWgmma {
       output.store(acc, totals);
     }
     if (behind != Behind::affine) {
-      const int column_tile = static_cast<int>(blockIdx.x % a.column_tiles);
-      const int row = static_cast<int>(blockIdx.x / a.column_tiles) * kTableRows;
-      totals.write(a.out, row + half * (kTableRows / 2) + thread / 32, column_tile * columns,
-                   thread % 32);
+      const int block = blockIdx.x, row = a.row_tile(block) * kTableRows;
+      totals.write(a.out, row + half * (kTableRows / 2) + thread / 32,
+                   a.column_tile(block) * columns, thread % 32);
     }
   }
 
@@ -284,11 +282,9 @@ struct ConvWgmma {
   using Rows = EpilogueRows<T, behind, parts, columns / 32, (parts * sizeof(T) < 8)>;
 
   // The rows of a tile that a thread writes, with what they begin with.
-  DEVICE_INLINE Rows rows_of(int64_t tile, int first_row, int thread) const {
-    const int column_tile = static_cast<int>(tile % a.column_tiles);
-    const int64_t row =
-        tile / a.column_tiles * kRows + first_row + thread / 32 * 16 + thread % 32 / 4;
-    Rows rows(a.out, norm, column_tile * columns, thread);
+  DEVICE_INLINE Rows rows_of(int tile, int first_row, int thread) const {
+    const int row = a.row_tile(tile) * kRows + first_row + thread / 32 * 16 + thread % 32 / 4;
+    Rows rows(a.out, norm, a.column_tile(tile) * columns, thread);
 #pragma unroll
     for (int h = 0; h < parts; ++h) {
 #pragma unroll

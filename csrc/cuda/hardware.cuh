@@ -218,9 +218,14 @@ DEVICE_INLINE uint32_t shared_address(const void* pointer) {
 
 // 16 bytes from global to shared memory, or 16 zeros (cp.async).
 DEVICE_INLINE void cp_async_16(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred ignore;\n"
+      "setp.eq.u32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignore;\n"
+      "}" ::"r"(shared_address(to)),
+      "l"(from), "r"(static_cast<uint32_t>(valid))
+      : "memory");
 }
 
 // Ends a group of a thread's copies.

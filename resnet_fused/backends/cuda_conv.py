@@ -138,7 +138,7 @@ def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, itemsize: int,
         if weights > _MOST_RESIDENT:
             return False
         tiles = 2 if chunks == 1 and problem.stride == (1, 1) else 4
-    plane = _up(places * _PLANE_BYTES - 16, 128) + 16
+    plane = _up(places, 32) * _PLANE_BYTES + 16
     planes = _CHUNK_BYTES // _PLANE_BYTES
     return tiles * planes * plane + weights * algorithm.columns * _CHUNK_BYTES <= room
 
