@@ -34,7 +34,7 @@ struct SumsData {
 };
 
 template <class T, int n, bool planes, Act kind, Beside from>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kind != Act::any && from == Beside::output ? 3 : 2)
     sums_kernel(SumsData<T> data, Norm<compute_t<T>> norm, Pass pass, Activation act,
                 compute_t<T> slope, double* partial) {
   using A = compute_t<T>;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T, int n, bool planes, Act kind>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kind == Act::any ? 2 : 3)
     input_kernel(const T* grad, const T* x, T* grad_input, Norm<compute_t<T>> norm,
                  const compute_t<T>* grad_weight, const compute_t<T>* grad_bias, compute_t<T> count,
                  Pass pass, Activation act, compute_t<T> slope) {

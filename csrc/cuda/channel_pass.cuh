@@ -22,6 +22,7 @@
 
 #include "../common/layout.h"
 #include "allocate.h"
+#include "divider.h"
 #include "numbers.cuh"
 #include "operator.h"
 
@@ -39,16 +40,28 @@ struct Pass {
   int64_t channels;
   int64_t inner;  // numbers of a plane
   int lanes, lanes_log2;
-  int slabs;   // blocks side by side
+  int slabs;  // blocks side by side
+  Divider by_slabs;
   int chunks;  // blocks below each other
   int piece;   // units of a thread that lie in a piece and are all it has; 1 where it goes on
 
   int blocks() const { return slabs * chunks; }
+
+  // A block's place across and down.
+  DEVICE_INLINE int chunk_of(int block) const { return static_cast<int>(by_slabs(block)); }
+  DEVICE_INLINE int slab_of(int block) const { return block - chunk_of(block) * slabs; }
 };
 
 inline Pass make_pass(const Extent& extent, int n, bool planes, int unroll, int blocks) {
-  Pass pass{
-      extent.outer * (planes ? extent.inner / n : 1), extent.channels, extent.inner, 1, 0, 0, 0, 1};
+  Pass pass{extent.outer * (planes ? extent.inner / n : 1),
+            extent.channels,
+            extent.inner,
+            1,
+            0,
+            0,
+            {},
+            0,
+            1};
   const int64_t wanted = planes ? 1 : extent.channels / n;  // lanes
   const int most = planes ? 1 : n == 1 ? 32 : 8;
   while (pass.lanes < most && pass.lanes < wanted) {
@@ -58,6 +71,7 @@ inline Pass make_pass(const Extent& extent, int n, bool planes, int unroll, int 
   const int64_t across = planes ? extent.channels : (wanted + pass.lanes - 1) / pass.lanes;
   check(across <= (int64_t(1) << 30), "input has too many channels, got ", extent.channels);
   pass.slabs = static_cast<int>(across);
+  pass.by_slabs = Divider(static_cast<uint32_t>(across));
   const int64_t step = int64_t(kThreads) / pass.lanes * unroll;
   const int64_t needed = std::max<int64_t>(1, (pass.units + step - 1) / step);
   const int64_t most_chunks = std::max<int64_t>(1, blocks / across);
@@ -89,8 +103,7 @@ struct Place {
     lane = static_cast<int>(threadIdx.x) & (pass.lanes - 1);
     row = static_cast<int>(threadIdx.x) >> pass.lanes_log2;
     rows = kThreads >> pass.lanes_log2;
-    const int slab = static_cast<int>(blockIdx.x) % pass.slabs;
-    const int chunk = static_cast<int>(blockIdx.x) / pass.slabs;
+    const int slab = pass.slab_of(blockIdx.x), chunk = pass.chunk_of(blockIdx.x);
     channel = (static_cast<int64_t>(slab) * pass.lanes + lane) * own;
     active = channel < pass.channels;
     unit = static_cast<int64_t>(chunk) * pass.piece * rows + row;
@@ -115,35 +128,58 @@ DEVICE_INLINE constexpr int channel_of(int i) {
 }
 
 // Runs use(i, offset) for a thread's units, `unroll` of them at a time, each after load(i, offset)
-// for all of them. Kernels that go on for long load the next ones before they use the last
-// (`ahead`): then i is below 2 * unroll, else below unroll.
+// for all of them; behind the last unit load is given another one of the thread's, so that loads
+// need no branches of their own. Kernels that go on for long load the next ones before they use the
+// last (`ahead`): then i is below 2 * unroll, else below unroll. Of rows an offset is the one
+// before and a constant.
 template <int unroll, int n, bool planes, bool backwards, bool ahead, class Load, class Use,
           class Prepare>
 DEVICE_INLINE void for_units(const Pass& pass, const Place<n, planes>& place, const Load& load,
                              const Prepare& prepare, const Use& use) {
+  const auto offset_of = [&](int64_t unit) {
+    return place.offset(pass, backwards ? pass.units - 1 - unit : unit);
+  };
   int64_t unit = place.active ? place.unit : pass.units;
-  const int64_t round = unroll * place.step;
-  const auto for_each = [&](int first, int64_t from, const auto& body) {
+  int64_t offset = planes ? 0 : offset_of(unit);
+  const int64_t along = (backwards ? -place.step : place.step) * pass.channels;
+  // Of this round of units, or of the next.
+  const auto for_each = [&](int round, const auto& body) {
 #pragma unroll
     for (int i = 0; i < unroll; ++i) {
-      const int64_t at = from + i * place.step;
-      if (at < pass.units)
-        body(first + i, place.offset(pass, backwards ? pass.units - 1 - at : at));
+      const int k = round * unroll + i;
+      const int64_t at = unit + k * place.step;
+      body(i, at < pass.units, planes ? offset_of(at) : offset + k * along);
     }
   };
+  const auto load_each = [&](int first, int round) {
+    int64_t some = -1;
+    for_each(round, [&](int i, bool there, int64_t at) {
+      if (i == 0) some = there ? at : -1;
+      if (some >= 0) load(first + i, there ? at : some);
+    });
+  };
+  const auto use_each = [&](int first) {
+    for_each(0, [&](int i, bool there, int64_t at) {
+      if (there) use(first + i, at);
+    });
+  };
+  const auto go_on = [&] {
+    unit += unroll * place.step;
+    offset += unroll * along;
+  };
   constexpr int lower = 0, upper = ahead ? unroll : 0;
-  for_each(lower, unit, load);  // under way while the channels' numbers are prepared
+  load_each(lower, 0);  // under way while the channels' numbers are prepared
   prepare();
-  if (pass.piece > 1) return for_each(lower, unit, use);
+  if (pass.piece > 1) return use_each(lower);
   while (unit < pass.units) {
-    if (ahead) for_each(upper, unit + round, load);
-    for_each(lower, unit, use);
-    unit += round;
-    if (!ahead) for_each(lower, unit, load);
+    if (ahead) load_each(upper, 1);
+    use_each(lower);
+    go_on();
+    if (!ahead) load_each(lower, 0);
     if (!ahead || unit >= pass.units) continue;
-    for_each(lower, unit + round, load);
-    for_each(upper, unit, use);
-    unit += round;
+    load_each(lower, 1);
+    use_each(upper);
+    go_on();
   }
 }
 

@@ -41,8 +41,8 @@ DEVICE_INLINE void write_sums(const Pass& pass, const Place<n, planes>& place,
   sum_rows(shared, place.rows, 2 * width);
   const int i = static_cast<int>(threadIdx.x);
   if (i >= 2 * width) return;
-  const int slab = static_cast<int>(blockIdx.x) % pass.slabs;
-  const int64_t chunk = static_cast<int>(blockIdx.x) / pass.slabs;
+  const int slab = pass.slab_of(blockIdx.x);
+  const int64_t chunk = pass.chunk_of(blockIdx.x);
   const int64_t channel = static_cast<int64_t>(slab) * width + i % width;
   if (channel < pass.channels)
     partial[((i / width) * int64_t(pass.chunks) + chunk) * pass.channels + channel] = shared[i];
