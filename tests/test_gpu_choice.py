@@ -61,6 +61,19 @@ def test_the_gradient_of_a_tensor_has_compiled_kernels_only(
         assert choose(kind) == LIBRARY
 
 
+def test_the_gradient_of_a_tensor_is_no_stem(
+    monkeypatch: pytest.MonkeyPatch, hopper: dict[str, str]
+) -> None:
+    """Though the turned convolution reads three channels: a stem's weight is packed as it is."""
+    monkeypatch.setattr(native_cuda, "available", True)
+    monkeypatch.setattr(native_cuda, "code_for", lambda capability: capability)
+    last = replace(PROBLEM, out_channels=3)
+    assert cuda_conv.STEM.name not in gpu_choice.admitted("train_tensor_input", last, HALF, 90)
+    weight = torch.empty(3, PROBLEM.channels, 3, 3, dtype=HALF)
+    geometry: Any = GEOMETRY
+    assert gpu_choice.choose("train_tensor_input", X, weight, *geometry) == LIBRARY
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_measured_choice_is_taken(kind: Kind, hopper: dict[str, str]) -> None:
     hopper[gpu_choice.key(kind, PROBLEM, HALF)] = "triton_64x64x64"

@@ -96,8 +96,8 @@ def admitted(kind: Kind, problem: ConvProblem, dtype: torch.dtype, arch: int) ->
     if dtype != torch.float32 or precision(dtype) == "tf32":
         room = configs.shared_bytes(arch)
         compiled = cuda_conv.candidates(problem, dtype, code, room, step)
-    if kind == "train_tensor_input":  # Triton's gathers what a batch norm wants
-        return LIBRARY, *compiled
+    if kind == "train_tensor_input":  # Triton's gathers what a batch norm wants; stems do not turn
+        return LIBRARY, *(name for name in compiled if name != STEM)
     found = configs.candidates(problem, dtype.itemsize, arch, precision(dtype))
     return LIBRARY, *compiled, *(config.name for config in found)
 
