@@ -53,7 +53,7 @@ $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
 # The CUDA kernels' tests on the CPU (tests/cuda_on_cpu): under AddressSanitizer; with every access to
 # memory watched, for races; and with threads in other orders.
 CUDA_TESTS := $(wildcard $(addprefix tests/test_cuda_, \
-	conv.py ops.py pack.py pool.py running_statistics.py))
+	conv.py ops.py pack.py pool.py running_statistics.py train_conv.py))
 CUDA_PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -p no:cacheprovider $(CUDA_TESTS)
 sanitize-cuda: .venv/.ready
 	rm -f build/cuda_on_cpu/asan/report.*

@@ -7,10 +7,12 @@ CPU (cuda_on_cpu/). Compared with the same steps in plain PyTorch, in the same d
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_case import DEVICE, needs_cuda_kernels, operators
+from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels, operators
 from cuda_conv_case import kernels, problem
 from test_functional import noise
 from tolerance import assert_all_parity, assert_parity
@@ -195,6 +197,19 @@ def test_the_same_bits_always(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             again = (*case.forward(name), *case.backward(name))
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="an order of the emulator's threads")
+def test_lanes_that_see_a_barrier_at_different_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who loads changes what it has loaded with all lanes of its warp, or with none."""
+    case = Case("tiles", torch.float16)
+    for name in names("tiles", "train_behind_norm", monkeypatch):
+        for seed in (1, 2):
+            operators()._set_order(f"random:{seed}")
+            try:
+                case.check_forward(name)
+            finally:
+                operators()._set_order(os.environ.get("RESNET_FUSED_CUDA_ORDER", "forward"))
 
 
 def test_empty_batch() -> None:

@@ -169,7 +169,8 @@ struct ConvWgmma {
     for (; load.tile < a.tiles; load.next()) {
       Mbarrier* const empty = &barriers->input_empty[load.turn.slot()];
       const int free = load.turn.parity() ^ 1;
-      if (untold > 0 && !mbarrier_ready(empty, free)) {
+      // A warp goes one way, by its first lane: what is told may be changed, by all lanes together.
+      if (untold > 0 && shuffle<int>(mbarrier_ready(empty, free), 0) == 0) {
         // Whoever is to empty the slot may be waiting for these.
         cp_async_wait<0>();
         while (untold > 0) tell();

@@ -187,6 +187,8 @@ bool mbarrier_ready(Mbarrier* pointer, int parity, Site site) {
   if (parity != 0 && parity != 1) fail(site, "mbarrier_ready for parity ", parity);
   if (!has_ended(known(pointer, "mbarrier_ready", site), parity)) {
     block.running->site = site;
+    // Lanes ask at different times: one hears no, the next, after others have run, yes.
+    if (one_in(4)) return false;
     let_others_run(true);
     if (!has_ended(known(pointer, "mbarrier_ready", site), parity)) return false;
   }

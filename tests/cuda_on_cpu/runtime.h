@@ -141,6 +141,7 @@ void wait_for(const char* what, Site site);
 void wake(Thread& thread);
 // Others may run first: in a random order sometimes, by `now` until none of them can go on.
 void let_others_run(bool now);
+bool one_in(int times);  // at random, in a random order; else never
 
 // The running thread joins; true in the last to come, which calls leave() when it has done what
 // there is to do. The others return once it has.

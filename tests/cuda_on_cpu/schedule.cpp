@@ -41,10 +41,6 @@ Ranks ready, looking;  // `looking`: may run when no other can
 Thread* by_rank[kMostThreads];
 int vain_rounds;
 
-bool chance(int one_in) {
-  return settings.order == Order::random && block.random.below(static_cast<uint32_t>(one_in)) == 0;
-}
-
 void rank_threads() {
   std::vector<int> warps(block.warps);
   std::iota(warps.begin(), warps.end(), 0);
@@ -104,7 +100,7 @@ std::string deadlock() {
 
 // The next to run, or nullptr: all have finished, or an error ends the block.
 Thread* next() {
-  if (chance(8) && copies_under_way()) deliver_one();
+  if (one_in(8) && copies_under_way()) deliver_one();
   for (;;) {
     if (!block.error.empty()) return nullptr;
     int rank = ready.take();
@@ -155,6 +151,10 @@ void go_on() {
 }
 
 }  // namespace
+
+bool one_in(int times) {
+  return settings.order == Order::random && block.random.below(static_cast<uint32_t>(times)) == 0;
+}
 
 void run_block() {
   prepare_shared(shared_bytes);
@@ -214,7 +214,7 @@ void let_others_run(bool now) {
   Thread& self = *block.running;
   if (now) {
     looking.add(self.rank);
-  } else if (chance(32)) {
+  } else if (one_in(32)) {
     rank_again();
     ready.add(self.rank);
   } else {
