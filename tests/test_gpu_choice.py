@@ -145,6 +145,8 @@ def test_compiled_convolutions_fit_every_chip(monkeypatch: pytest.MonkeyPatch) -
     assert names(89) == names(86) == {"mma_128x64"}  # 99 KiB a block
     wide = replace(PROBLEM, size=(4, 200))
     assert "mma_128x64" not in names(89, wide) and "mma_128x64" in names(90, wide)
+    tall = replace(PROBLEM, kernel=(2, 1), padding=(0, 0))  # of two taps three stages are ahead
+    assert "mma_128x64" not in names(89, tall) and "mma_128x64" in names(90, tall)
     monkeypatch.setattr(gpu_choice, "precision", lambda dtype: "ieee")
     assert not names(90, dtype=torch.float32)
     monkeypatch.setattr(gpu_choice, "precision", lambda dtype: "tf32")

@@ -30,6 +30,7 @@ _BARRIER_BYTES = 1024
 _NORM_BYTES = 12  # of a channel
 _HOPPER = ("wgmma", "pingpong")
 _MOST_RESIDENT = 16  # blocks of weights
+_AHEAD = 3  # taps that an mma kernel loads before it multiplies them
 _STEM_CHANNELS = 3
 _STEM_COLUMNS = 64
 
@@ -128,7 +129,8 @@ def _fits(algorithm: Algorithm, problem: ConvProblem, block: int, itemsize: int,
     pitch = problem.size[1] + width * right  # of a line of places, at most
     places = algorithm.rows + (height - 1) * down * pitch + (width - 1) * right
     if algorithm.kernel == "mma":
-        tiles, weights = 4 if height * width == 1 or problem.stride != (1, 1) else 2, 4
+        taps = height * width if problem.stride == (1, 1) else 1  # of a stage, at least
+        tiles, weights = 1 + -(-_AHEAD // taps), _AHEAD + 1
     else:
         tiles, weights = 2, 2
         room -= _BARRIER_BYTES
