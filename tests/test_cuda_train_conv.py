@@ -157,6 +157,15 @@ def test_large_means_do_not_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
         case.check_forward(name)
 
 
+def test_warps_that_meet_no_pixel_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They know an origin from the first tile in which they do."""
+    case = Case("gaps", torch.float16)
+    case.bias += 100
+    case.weight *= 0.1
+    for name in names("gaps", "train_behind_norm", monkeypatch):
+        case.check_forward(name)
+
+
 def test_outside_of_the_image_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not act(bn(0))."""
     case = Case("padded", torch.float16)
