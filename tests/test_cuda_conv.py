@@ -106,13 +106,18 @@ def test_activations(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", ["3x3", "7x7 stem"])
-def test_not_finite(shape: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*(("3x3", dtype) for dtype in (*DTYPES, torch.float32)), ("7x7 stem", torch.float16)],
+)
+def test_not_finite(
+    shape: str, dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the windows that contain it are."""
-    call = Call(shape, torch.float16)
+    call = Call(shape, dtype)
     call.x[0, 1, 4, 5] = value
     call.weight = call.weight.abs() + 0.01
-    for name in kernels(shape, monkeypatch):
+    for name in kernels(shape, monkeypatch, dtype=dtype):
         call.check(name, call.scale, call.shift, None, "relu", 0.0)
 
 

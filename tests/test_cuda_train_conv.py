@@ -26,9 +26,12 @@ pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
 DTYPES = [torch.float16, torch.bfloat16]
 FORWARD = [
     "3x3", "odd", "tiles", "deep", "stride2", "1x1", "1x1stride2", "pixel", "padded", "dilated",
-    "unequal", "grouped", "two groups",
+    "unequal", "rectangular", "many channels", "grouped", "two groups",
 ]  # fmt: skip
-GRADIENT = ["3x3", "odd", "tiles", "deep", "1x1", "pixel", "valid", "dilated"]
+GRADIENT = [
+    "3x3", "odd", "tiles", "deep", "1x1", "pixel", "valid", "dilated", "rectangular",
+    "many channels",
+]  # fmt: skip
 
 
 class Case:
