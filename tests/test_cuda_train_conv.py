@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from cuda_case import DEVICE, HAS_GPU, needs_cuda_kernels, operators
 from cuda_conv_case import kernels, problem
+from cuda_place import compiled_gpu
 from test_functional import noise
 from tolerance import assert_all_parity, assert_parity
 from torch import Tensor
 
 from resnet_fused.backends import cuda_conv, reference
+from resnet_fused.ops import gpu_train
 from resnet_fused.ops.gpu_choice import Kind
 
 pytestmark = [needs_cuda_kernels, pytest.mark.usefixtures("poisoned")]
@@ -48,7 +50,7 @@ class Case:
         vectors = [noise(p.channels, seed=s).to(DEVICE) for s in (5, 6, 7, 8)]
         vectors[1] = vectors[1].abs() + 0.5
         self.vectors = vectors
-        self.options: tuple[float, str, float] = (1e-5, act, 0.1)
+        self.options: tuple[float, str, float] = (0.1, act, 0.1)
         self.pairs = [list(v) for v in (p.stride, p.padding, p.dilation)]
         self.geometry = [n for pair in self.pairs for n in pair]
         z = F.conv2d(self.x, self.weight, None, *self.pairs, p.groups)
@@ -140,6 +142,34 @@ def test_gradient_of_the_input(
     for name in names(shape, "train_input", monkeypatch):
         case.check_backward(name)
         case.check_backward(name, residual=False)
+
+
+@pytest.mark.usefixtures(compiled_gpu.__name__)
+@pytest.mark.parametrize("shape", ["tiles", "valid", "dilated", "rectangular"])
+def test_gradient_of_a_tensor(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(shape, torch.bfloat16)
+    plain, exact = (case.plain_backward(dtype)[:1] for dtype in (case.x.dtype, torch.float64))
+    for name in names(shape, "train_tensor_input", monkeypatch):
+        found = gpu_train.backward_tensor_input(
+            case.grad, case.weight, case.residual, (*case.pairs, 1), name
+        )
+        assert_all_parity([found], plain, exact, what=name)
+
+
+def test_tensors_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read behind the products, the parameters and the weight."""
+    case = Case("3x3", torch.float16)
+    for name in names("3x3", "train_input", monkeypatch):
+        x, residual, weight = case.x, case.residual, case.weight
+        wanted = (*case.forward(name), *case.backward(name))
+        case.vectors = [torch.stack([v, v], 1)[:, 1] for v in case.vectors]
+        case.bias = torch.cat([case.bias[:1], case.bias])[1:]
+        case.weight = weight.contiguous(memory_format=torch.channels_last)
+        found = case.forward(name)
+        case.x, case.residual = x.contiguous(), torch.cat([residual, residual], 1)[:, 64:]
+        for a, b in zip((*found, *case.backward(name)), wanted, strict=True):
+            assert torch.equal(a, b)
+        case.x, case.residual = x, residual
 
 
 @pytest.mark.parametrize("act", cuda_conv.ACTIVATIONS)
