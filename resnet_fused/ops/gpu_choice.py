@@ -125,6 +125,8 @@ def choose(
     device, forced, asked = weight.get_device(), _only_triton.get(), _asked.get()
     if not (forced or asked is not None or native_cuda.available or _measured(device)):
         return LIBRARY
+    if kind == "train_tensor_input" and not native_cuda.available:  # Triton has no kernel for it
+        return LIBRARY
     if not all(type(n) is int for n in input.shape):  # symbols: torch.compile, dynamic shapes
         return LIBRARY
     if not (forced or is_channels_last(input)):
