@@ -145,6 +145,21 @@ def test_evaluation_by_compiled_convolutions(
         assert bool(compiled_gpu["_cuda_conv"]) == bool(expected)
 
 
+@pytest.mark.parametrize("kind", ["stem", "bottleneck"])
+def test_channels_of_a_larger_image(
+    kind: str, compiled_gpu: dict[str, int], convolutions: set[str]
+) -> None:
+    """The strides say channels_last, and there are gaps."""
+    model, x = block(kind).eval().half(), images(kind, torch.float16)
+    wider = torch.cat([x, x[:, :1]], 1).contiguous(memory_format=torch.channels_last)
+    cut = wider[:, :-1]
+    assert not cut.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(fuse(model)(cut), fuse(model)(x))
+    model.train()
+    assert_parity(fuse(copy.deepcopy(model))(cut), model(cut), double_model(model)(cut.double()))
+
+
 def bent(model: nn.Module) -> nn.Module:
     """The same with a leaky ReLU that bends little: rounding that decides a derivative changes it
     by little.

@@ -59,7 +59,9 @@ inline ConvCall conv_call(const char* op, const Tensor& input, int64_t out_chann
                      (dtype == ScalarType::Float && float32);
   check(known, op, ": input must be ", float32 ? "float32, " : "", "float16 or bfloat16, got ",
         dtype_name(dtype));
-  check(is_dense(input, MemoryFormat::ChannelsLast), op, ": input must be channels_last");
+  check(is_dense(input, MemoryFormat::ChannelsLast) ||
+            suggested_format(input) == MemoryFormat::ChannelsLast,
+        op, ": input must be channels_last");
   check(geometry.size() == 8, op, ": geometry must have 8 numbers, got ", geometry.size());
   int numbers[8];
   for (int i = 0; i < 8; ++i) {
@@ -86,7 +88,7 @@ inline ConvCall conv_call(const char* op, const Tensor& input, int64_t out_chann
         shape_text(input.sizes()));
   ConvCall call{};
   call.op = op;
-  call.input = aligned(input);
+  call.input = aligned(dense(input, MemoryFormat::ChannelsLast));
   call.output = empty({size.data(), size.size()}, MemoryFormat::ChannelsLast, dtype, input);
   call.options = o;
   call.groups = static_cast<int>(groups);
