@@ -21,7 +21,7 @@ constexpr int kUnroll = 4;
 
 // y may be x.
 template <class T, int n, bool planes, Act kind, bool adds>
-__global__ void __launch_bounds__(kThreads, kind == Act::any ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, adds || kind == Act::any ? 2 : 3)
     normalize_kernel(const T* x, const T* residual, T* y, Norm<compute_t<T>> norm, Pass pass,
                      Activation act, compute_t<T> slope) {
   using A = compute_t<T>;
