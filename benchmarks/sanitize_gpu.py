@@ -51,6 +51,7 @@ OUR_KERNELS = "12resnet_fused4cuda"
 # Small, as a tool makes them 10 to 100 times slower. They reach every kernel: by 16 bytes and by
 # single numbers, in rows and in planes.
 _CONV = "tests/test_cuda_conv.py::test_every_kernel"
+_TRAIN = "tests/test_cuda_train_conv.py"
 _OPS = "tests/test_cuda_ops.py"
 _POOL = "tests/test_cuda_pool.py"
 TESTS = (
@@ -59,6 +60,9 @@ TESTS = (
         for shape in ("3x3", "odd", "stride2", "1x1", "grouped", "7x7 stem", "3x3 stem")
     ),
     f"{_CONV}[3x3 stride2 stem-torch.bfloat16]",
+    *(f"{_CONV}[{shape}-torch.float32]" for shape in ("3x3", "stride2")),
+    *(f"{_TRAIN}::test_forward[{shape}-torch.bfloat16]" for shape in ("odd", "stride2", "1x1")),
+    *(f"{_TRAIN}::test_gradient_of_the_input[{shape}-torch.float16]" for shape in ("odd", "1x1")),
     *(
         f"{_OPS}::test_norm_shapes[{shape}-torch.{dtype}-{layout}]"
         for shape, dtype in (("odd", "float32"), ("many channels", "float16"), ("row", "bfloat16"))
