@@ -101,6 +101,7 @@ TEST_SECONDS ?= 150
 SANITIZE_SECONDS ?= 240
 SANITIZED_GPU := $(filter 1,$(SANITIZE))
 OUT ?= $(RESULTS)
+GPU_ARGS ?=
 GPU_ENV := RESNET_FUSED_NO_NATIVE=1 RESNET_FUSED_CACHE_DIR=$(CURDIR)/build/gpu_cache
 # The most valuable first: networks, then kernels, then what a CPU can show as well.
 GPU_TESTS := tests/test_triton_gpu.py \
@@ -128,7 +129,7 @@ gpu-run:
 		|| tests="failed, or took over $(TEST_SECONDS) s"; \
 	$(if $(SANITIZED_GPU),$(GPU_ENV) $(PYTHON) benchmarks/sanitize_gpu.py \
 		--seconds $(SANITIZE_SECONDS) || sanitizers=failed;) \
-	$(GPU_ENV) PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) || bench=failed; \
+	$(GPU_ENV) PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --out $(OUT) $(GPU_ARGS) || bench=failed; \
 	echo "make gpu: build $$build; tests $$tests;$(if $(SANITIZED_GPU), \
 		sanitizers $$sanitizers;) benchmark $$bench"; \
 	test "$$build" = done -a "$$tests" = passed -a "$$sanitizers" = passed -a "$$bench" = passed

@@ -163,6 +163,7 @@ class Run:
                         model, images, repeats=_TUNE_REPEATS, progress=progress,
                         training=case.mode == "training", limit_s=limit_s,
                         known={row["problem"] for row in rows}, keep=keep,
+                        triton=not self.args.without_triton,
                     )  # fmt: skip
             except Exception as error:
                 print(f"tuning {entry.name}: {one_line(error)}", flush=True)
@@ -253,6 +254,10 @@ def main() -> int:
         help="where the result file goes (default: benchmarks/results)",
     )  # fmt: skip
     parser.add_argument("--no-tune", action="store_true", help="keep the choices there are")
+    parser.add_argument(
+        "--without-triton", action="store_true",
+        help="tune without Triton's kernels, whose compilation takes long",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the cases in their order")
     parser.add_argument(
         "--profile", metavar="NAME", help="the kernels of an operator or of a layer of ResNet-50"

@@ -6,6 +6,8 @@ On a GPU, or with the emulator's kernels in its place.
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +26,9 @@ from resnet_fused import functional, fuse
 from resnet_fused.backends import cuda_conv, native, native_cuda, reference
 from resnet_fused.backends.triton import support
 from resnet_fused.backends.triton.configs import CONFIGS
+from resnet_fused.benchmark import gpu_algorithms
 from resnet_fused.benchmark.measure import tensor_float_32
-from resnet_fused.conv_choice import LIBRARY
+from resnet_fused.conv_choice import LIBRARY, ConvProblem
 from resnet_fused.modules.batch_norm import update_all_running_statistics
 from resnet_fused.modules.max_pool import MaxPool
 from resnet_fused.ops import gpu, gpu_choice
@@ -143,6 +146,23 @@ def test_evaluation_by_compiled_convolutions(
     assert convolutions == expected
     if not HAS_GPU:
         assert bool(compiled_gpu["_cuda_conv"]) == bool(expected)
+
+
+@pytest.mark.parametrize("kind", gpu_algorithms._MAKE)
+def test_what_tuning_times_agrees(kind: Kind, convolutions: set[str], compiled_gpu: Any) -> None:
+    """With the library's result, so that it may be chosen."""
+    three = ConvProblem(2, 64, (9, 8), 72, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    for problem in (three, replace(three, kernel=(1, 1), padding=(0, 0))):
+        data = gpu_algorithms._Data(problem, torch.float16, torch.device(DEVICE), 0)
+        make = functools.partial(gpu_algorithms._MAKE[kind], d=data)
+        wanted = gpu_algorithms._tensors(make(LIBRARY)())
+        arch = support.architecture(0) if HAS_GPU else 90
+        names = gpu_choice.admitted(kind, problem, torch.float16, arch)
+        names = tuple(n for n in names if n in cuda_conv.BY_NAME)
+        assert names
+        for name in names:
+            found = gpu_algorithms._tensors(make(name)())
+            assert gpu_algorithms.agree(found, wanted, torch.float16), name
 
 
 @pytest.mark.parametrize("kind", ["stem", "bottleneck"])

@@ -105,6 +105,13 @@ def test_training_has_choices_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "conv_kernel" not in names
 
 
+def test_triton_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, triton=1.0)
+    block, x = block_and_image()
+    tuned = tune(block, x, repeats=1, progress=silent, triton=False)
+    assert tuned and not any(n.startswith("triton") for t in tuned for n in t.milliseconds)
+
+
 def test_a_wrong_kernel_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = conv_bn_act.conv_bn_act
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resnet_fused import tuning_cache
 from resnet_fused.api import fuse
 from resnet_fused.backends import cuda_conv
-from resnet_fused.backends.triton import support
+from resnet_fused.backends.triton import configs, support
 from resnet_fused.conv_choice import LIBRARY, ConvProblem
 from resnet_fused.graph.observe import conv_inputs
 from resnet_fused.ops import gpu, gpu_choice, gpu_train
@@ -43,6 +43,7 @@ def tune(
     training: bool = False,
     limit_s: float = math.inf,
     known: Collection[str] = (),
+    triton: bool = True,
     keep: Callable[[Tuned], None] = lambda tuned: None,
 ) -> list[Tuned]:
     """Time everything that may run each distinct convolution of a model, and keep the fastest.
@@ -59,6 +60,7 @@ def tune(
         limit_s: no further problem is begun after so many seconds; those with the most
             multiplications come first.
         known: keys of problems that are left out, as they were tuned before.
+        triton: time Triton's kernels, too; compiling them takes most of the time.
         keep: told each problem as soon as it is timed.
 
     Raises:
@@ -81,7 +83,12 @@ def tune(
         if results and time.monotonic() > end:
             break
         progress(done, len(asked), f"timing {(*layers, 'a convolution')[0]}")
-        taken = times(kind, problem, images.dtype, images.device, repeats)
+        names = gpu_choice.admitted(
+            kind, problem, images.dtype, support.architecture(images.get_device())
+        )
+        if not triton:
+            names = tuple(name for name in names if name not in configs.BY_NAME)
+        taken = times(kind, problem, names, images.dtype, images.device, repeats)
         chosen = min(taken, key=lambda name: taken[name])
         key = gpu_choice.key(kind, problem, images.dtype)
         results.append(Tuned(key, tuple(layers), LIBRARY, chosen, taken))
@@ -124,16 +131,19 @@ def _multiplications(p: ConvProblem) -> int:
 
 
 def times(
-    kind: Kind, problem: ConvProblem, dtype: torch.dtype, device: torch.device, repeats: int
+    kind: Kind,
+    problem: ConvProblem,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
 ) -> dict[str, float]:
-    """Median milliseconds of everything that runs a problem and agrees with the library."""
-    arch = support.architecture(device.index or 0)
+    """Median milliseconds of what is named, the library first, as far as it agrees with that."""
     first = _Data(problem, dtype, device, 0)
     copies = min(_MOST_COPIES, math.ceil(_L2_TIMES * _cache_bytes(device) / first.bytes))
     data = [first, *(_Data(problem, dtype, device, i) for i in range(1, copies))]
     calls: dict[str, Call] = {}
     wanted: Sequence[Tensor] = ()
-    names = gpu_choice.admitted(kind, problem, dtype, arch)
     with gpu.kernels("launch").compiling_ahead():
         for name in names:
             with contextlib.suppress(Exception):  # raised again where it is launched
