@@ -7,6 +7,7 @@ kernel's machine code is demanded:
 
 * no spills and nothing else in local memory;
 * registers x threads within the chip, by the kernel's launch bounds;
+* no access of a single byte where none is data;
 * what its name promises (PROMISES): HMMA where it says mma, HGMMA and bulk copies where it says
   wgmma, and accesses of 16 bytes where its first arguments, a type and a number of elements, make
   16 bytes;
@@ -67,7 +68,11 @@ SIXTEEN = ((r"LDG\S*\.128\S*", "load"), (r"STG\S*\.128\S*", "store"))
 KEEPS_SUMS = r"statistics|sums"
 """Kernels that store no activations."""
 
-_SASS = r"Function : \S+|\b(HMMA|HGMMA|LDL|STL|LDG|STG|LDGSTS|UBLKCP)[.A-Z0-9x]*"
+SINGLE_BYTES = r"(LDS|STS|LDG|STG)\S*\.[SU]8\S*"
+HAS_BYTES = r"pool"
+"""Kernels whose data are bytes; elsewhere the compiler has lost sight of an alignment."""
+
+_SASS = r"Function : \S+|\b(HMMA|HGMMA|LDL|STL|LDG|STG|LDS|STS|LDGSTS|UBLKCP)[.A-Z0-9x]*"
 
 
 @dataclass
@@ -173,6 +178,8 @@ def judge(row: Row, code: set[str]) -> None:
     for promise in PROMISES:
         if promise.broken(row.kernel, row.arch, code):
             row.wrong.append(f"no {promise.what}")
+    if not re.search(HAS_BYTES, row.kernel) and any(re.fullmatch(SINGLE_BYTES, i) for i in code):
+        row.wrong.append("accesses of single bytes")
     if bytes_at_once(row.kernel) == 16:
         for instruction, what in SIXTEEN[: 1 if re.search(KEEPS_SUMS, row.kernel) else 2]:
             if not any(re.fullmatch(instruction, i) for i in code):

@@ -49,6 +49,12 @@ template <class T, int n>
 __global__ void __launch_bounds__(256) normalize_kernel(const T* x, T* y, int m) {
   for (int i = 0; i < n; ++i) y[i * m] = x[i * m];
 }
+__global__ void __launch_bounds__(32) bytes_kernel(const uint8_t* x, uint8_t* y) {
+  y[threadIdx.x] = x[threadIdx.x];
+}
+__global__ void __launch_bounds__(32) pool_kernel(const uint8_t* x, uint8_t* y) {
+  y[threadIdx.x] = x[threadIdx.x];
+}
 template __global__ void normalize_kernel<float, 4>(const float*, float*, int);
 template __global__ void normalize_kernel<float, 2>(const float*, float*, int);
 }  // namespace resnet_fused::cuda
@@ -92,7 +98,8 @@ def test_gate_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "registers x 1024 threads, as it has no launch bounds" in wrong["conv_mma_kernel"]
     assert "no HMMA; no asynchronous copy of 16 bytes" in wrong["conv_mma_kernel"]
     assert wrong["normalize_kernel<float, 4>"] == "no load of 16 bytes; no store of 16 bytes"
-    assert wrong["normalize_kernel<float, 2>"] == ""
+    assert wrong["normalize_kernel<float, 2>"] == "" == wrong["pool_kernel"]
+    assert wrong["bytes_kernel"] == "accesses of single bytes"
 
 
 def test_what_ptxas_warns_of_is_wrong() -> None:

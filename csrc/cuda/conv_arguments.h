@@ -181,8 +181,9 @@ DEVICE_INLINE void change_places(const ConvArguments<T>& a, const InputPiece& pi
   constexpr int n = kPlaneChannels<T>;
   for_places<warps, 2>(a, piece, warp, lane, [&](int place, int, bool there) {
     Bytes16* const at = reinterpret_cast<Bytes16*>(piece.to + place * 16);
+    const Bytes16 raw = *at;  // else read byte by byte
     float v[n];
-    widen<T, n>(*at, v);
+    widen<T, n>(raw, v);
     change(v);
     Bytes16 changed = narrow<T, n>(v);
 #pragma unroll
