@@ -33,22 +33,18 @@ namespace resnet_fused::cuda {
 
 using Stream = cudaStream_t;
 
-// On the current device, always the same: threads that launch a kernel with other sizes may come
-// between this and a launch.
-inline cudaError_t allow_most_shared_memory(const void* kernel) {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-}
-
 // Starts kernel(arguments...) with so many bytes of shared memory; the error's text, or nullptr.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    Stream stream, Arguments... arguments) {
   cudaError_t status = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more has to be asked for (CUDA programming guide)
-    status = allow_most_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (shared_bytes > 48 * 1024) {  // more has to be asked for (CUDA programming guide)
+    // Always the same: threads that launch a kernel with other sizes may come in between.
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (status == cudaSuccess)
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   const cudaError_t last = cudaGetLastError();  // and forgets it
