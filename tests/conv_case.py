@@ -91,6 +91,11 @@ class Case:
         eager = self.eager(x, weight, scale, shift, residual)
         exact = [None if t is None else t.double() for t in (x, weight, scale, shift, residual)]
         reference = self.eager(*exact)  # type: ignore[arg-type]
+        if (reference.isfinite() & ~eager.isfinite()).any() and self.dtype == torch.bfloat16:
+            # oneDNN reads memory that it has not written, where images are narrow and the processor
+            # has AMX (torch 2.13): PyTorch's other convolution stands in.
+            with torch.backends.mkldnn.flags(enabled=False):
+                eager = self.eager(x, weight, scale, shift, residual)
         sums = replace(self, act="none").eager(*exact)  # type: ignore[arg-type]
         finite = sums[sums.isfinite()]
         size = finite.abs().max().item() if finite.numel() else None

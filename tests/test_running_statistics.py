@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import assert_parity
 from torch import nn
-from train_case import big, images
+from train_case import big, images, smooth
 
 import resnet_fused
 from resnet_fused.backends import native_conv
@@ -68,7 +68,7 @@ def test_running_statistics_are_a_visible_change() -> None:
 def test_moving_average_of_a_model_in_training() -> None:
     averages = []
     for make in (resnet_fused.fuse, copy.deepcopy, lambda m: copy.deepcopy(m).double()):
-        model = make(big("bottleneck"))
+        model = make(smooth(big("bottleneck")))
         average = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
         )
