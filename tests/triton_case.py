@@ -101,8 +101,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch, config: configs.Config | str) -> Ite
     name = config if isinstance(config, str) else config.name
 
     def choose(kind: str, input: Tensor, weight: Tensor, stride: Any, *geometry: Any) -> str:
-        transposed = kind == "train_input" and (tuple(stride) != (1, 1) or geometry[-1] > 1)
-        return LIBRARY if transposed else name
+        strided = kind == "train_input" and (tuple(stride) != (1, 1) or geometry[-1] > 1)
+        return LIBRARY if strided or kind == "train_tensor_input" else name
 
     with monkeypatch.context() as patch:
         if not isinstance(config, str):
