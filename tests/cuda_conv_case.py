@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_case import HAS_GPU, operators
+from cuda_case import DEVICE, HAS_GPU, operators
+from test_functional import noise
 from torch import Tensor
 
 from resnet_fused.backends import cuda_conv, native_cuda
@@ -44,6 +45,16 @@ def problem(shape: str) -> ConvProblem:
     n, c, h, w, k, *rest = SHAPES[shape]
     kernel, stride, padding, dilation = (v if isinstance(v, tuple) else (v, v) for v in rest[:4])
     return ConvProblem(n, c, (h, w), k, kernel, stride, padding, dilation, rest[4])
+
+
+def operands(problem: ConvProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An image and a weight with sums about as large as the image's numbers."""
+    p = problem
+    fan = p.channels // p.groups * p.kernel[0] * p.kernel[1]
+    x = noise(p.batch, p.channels, *p.size, dtype=dtype)
+    weight = noise(p.out_channels, p.channels // p.groups, *p.kernel, dtype=dtype, seed=1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.to(DEVICE), (weight / fan**0.5).to(DEVICE)
 
 
 def kernels(

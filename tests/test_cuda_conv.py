@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from cuda_case import DEVICE, needs_cuda_kernels, operators
-from cuda_conv_case import SHAPES, kernels, packed, problem, tf32
+from cuda_conv_case import SHAPES, kernels, operands, packed, problem, tf32
 from test_functional import noise
 from tolerance import assert_parity
 from torch import Tensor
@@ -31,11 +31,7 @@ class Call:
 
     def __init__(self, shape: str, dtype: torch.dtype) -> None:
         p = self.problem = problem(shape)
-        fan = p.channels // p.groups * p.kernel[0] * p.kernel[1]
-        x = noise(p.batch, p.channels, *p.size, dtype=dtype)
-        weight = noise(p.out_channels, p.channels // p.groups, *p.kernel, dtype=dtype, seed=1)
-        self.x = x.contiguous(memory_format=torch.channels_last).to(DEVICE)
-        self.weight = (weight / fan**0.5).to(DEVICE)
+        self.x, self.weight = operands(p, dtype)
         self.scale = (noise(p.out_channels, seed=2).abs() + 0.5).to(DEVICE)
         self.shift = noise(p.out_channels, seed=3).to(DEVICE)
         self.geometry = [list(v) for v in (p.stride, p.padding, p.dilation)]

@@ -85,9 +85,8 @@ def test_evaluation(kind: str, dtype: torch.dtype, compiled_gpu: dict[str, int])
         assert compiled_gpu["_max_pool2d"] == (kind == "stem")
 
 
-@EVERY_KIND
-def test_training(kind: str, compiled_gpu: dict[str, int]) -> None:
-    draws = [(smooth(block(kind, seed)).train(), images(kind, seed=seed)) for seed in (1, 2, 3)]
+def assert_trains_as_eager(draws: list[tuple[nn.Module, Tensor]], what: str) -> None:
+    """A step of each model on its images, over all draws, with either way to keep memory."""
     eager = [results(copy.deepcopy(model), x, torch.sin) for model, x in draws]
     exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
     for memory in ("default", "low"):
@@ -95,7 +94,13 @@ def test_training(kind: str, compiled_gpu: dict[str, int]) -> None:
         assert ours[0].keys() == eager[0].keys()
         for name in ours[0]:
             rows = [[r[name] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
-            assert_mean_parity(rows, what=f"{kind}, {name}")
+            assert_mean_parity(rows, what=f"{what}, {name}")
+
+
+@EVERY_KIND
+def test_training(kind: str, compiled_gpu: dict[str, int]) -> None:
+    draws = [(smooth(block(kind, seed)).train(), images(kind, seed=seed)) for seed in (1, 2, 3)]
+    assert_trains_as_eager(draws, kind)
     if not HAS_GPU:
         stem = kind == "stem"
         assert compiled_gpu["_update_running_statistics"] == 6  # one of each block
@@ -200,14 +205,7 @@ def test_training_by_compiled_convolutions(
         (bent(block(kind, seed)).train().to(dtype), images(kind, dtype, seed))
         for seed in (1, 2, 3, 4)
     ]
-    eager = [results(copy.deepcopy(model), x, torch.sin) for model, x in draws]
-    exact = [results(double_model(model), x.double(), torch.sin) for model, x in draws]
-    for memory in ("default", "low"):
-        ours = [results(fuse(model, memory=memory), x, torch.sin) for model, x in draws]
-        assert ours[0].keys() == eager[0].keys()
-        for name in ours[0]:
-            rows = [[r[name] for r in draw] for draw in zip(ours, eager, exact, strict=True)]
-            assert_mean_parity(rows, what=f"{kind}, {name}")
+    assert_trains_as_eager(draws, kind)
     expected = {"train_output", "train_behind_norm", "train_input", "train_tensor_input"}
     if kind == "basic down":  # all that read its input have stride 2
         expected -= {"train_tensor_input"}
