@@ -21,7 +21,7 @@ ROOT = Path(resnet_fused.__file__).parent
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"benchmark"},
+    {"benchmark", "numerics"},
     {"models"},  # plain definitions, and `fused=True`, which asks api for it
     {"api", "capture"},
     {"graph"},

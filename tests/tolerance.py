@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,33 @@ def assert_parity(
     normalisation has no gradient): the size of the terms that cancel, for which max|reference64|
     says nothing.
     """
+    _hold(measured(actual, eager, reference64, what=what, scale=scale), actual, what)
+
+
+class Measured(NamedTuple):
+    """The relative errors of a result and of eager PyTorch's, and what the first may be."""
+
+    error: float
+    eager_error: float
+    budget: float
+
+
+def measured(
+    actual: Tensor,
+    eager: Tensor,
+    reference64: Tensor,
+    *,
+    what: str = "result",
+    scale: float | None = None,
+) -> Measured:
+    """What `assert_parity` compares; that the results agree in all else is asserted."""
     error, eager_error = _errors(actual, eager, reference64, what=what, scale=scale)
-    _hold(error, eager_error, actual, what)
+    if not actual.dtype.is_floating_point:
+        return Measured(0.0, 0.0, 0.0)
+    if actual.dtype == torch.float64:
+        return Measured(error, eager_error, DOUBLE_ROUNDINGS * one_rounding(torch.float64))
+    budget = EAGER_FACTOR * eager_error + one_rounding(actual.dtype)
+    return Measured(error, eager_error, budget)
 
 
 def assert_mean_parity(draws: Sequence[Sequence[Tensor]], *, what: str = "result") -> None:
@@ -80,9 +105,14 @@ def assert_mean_parity(draws: Sequence[Sequence[Tensor]], *, what: str = "result
     Args:
         draws: of each what `assert_parity` takes: actual, eager and float64's.
     """
-    errors = [_errors(*draw, what=f"{what}, draw {i}") for i, draw in enumerate(draws)]
-    ours, eager = (sum(side) / len(errors) for side in zip(*errors, strict=True))
-    _hold(ours, eager, draws[0][0], f"{what}, mean of {len(errors)} draws")
+    rows = [measured(*draw, what=f"{what}, draw {i}") for i, draw in enumerate(draws)]
+    assert_mean(rows, draws[0][0], what=what)
+
+
+def assert_mean(rows: Sequence[Measured], actual: Tensor, *, what: str = "result") -> None:
+    """Hold the mean error to the mean budget; `actual` is one of the results."""
+    mean = Measured(*(sum(side) / len(rows) for side in zip(*rows, strict=True)))
+    _hold(mean, actual, f"{what}, mean of {len(rows)} draws")
 
 
 def _errors(
@@ -115,15 +145,10 @@ def _errors(
     return relative_error(actual[finite], kept, scale), relative_error(eager[finite], kept, scale)
 
 
-def _hold(error: float, eager_error: float, actual: Tensor, what: str) -> None:
-    if not actual.dtype.is_floating_point:
-        return
-    budget = EAGER_FACTOR * eager_error + one_rounding(actual.dtype)
-    if actual.dtype == torch.float64:
-        budget = DOUBLE_ROUNDINGS * one_rounding(torch.float64)
-    assert error <= budget, (
-        f"{what}: relative error {error:.3e} is over the budget {budget:.3e} "
-        f"(eager's own error {eager_error:.3e}, {actual.dtype}, shape {tuple(actual.shape)})"
+def _hold(row: Measured, actual: Tensor, what: str) -> None:
+    assert row.error <= row.budget, (
+        f"{what}: relative error {row.error:.3e} is over the budget {row.budget:.3e} "
+        f"(eager's own error {row.eager_error:.3e}, {actual.dtype}, shape {tuple(actual.shape)})"
     )
 
 
@@ -225,6 +250,20 @@ def assert_within_policy(
     times eager's own error plus one rounding. `scale` is the size of what went into an activation
     that bounds its output (relu6), for which max|reference64| says nothing.
     """
+    row = measured_by_policy(actual, eager, reference64, policy, what=what, scale=scale)
+    _hold(row, actual, f"{what}, policy {policy}")
+
+
+def measured_by_policy(
+    actual: Tensor,
+    eager: Tensor,
+    reference64: Tensor,
+    policy: str,
+    *,
+    what: str = "result",
+    scale: float | None = None,
+) -> Measured:
+    """What `assert_within_policy` compares."""
     finite = reference64.isfinite() & eager.isfinite()
     assert torch.equal(_special(actual), _special(eager)), f"{what}: NaN or Inf not as in eager"
     if scale is None and finite.any():
@@ -237,7 +276,4 @@ def assert_within_policy(
         if policy == "default"
         else STRICT_FACTOR * eager_error + rounding
     )
-    assert error <= budget, (
-        f"{what}: relative error {error:.3e} is over {policy}'s {budget:.3e} "
-        f"(eager's own error {eager_error:.3e}, shape {tuple(actual.shape)})"
-    )
+    return Measured(error, eager_error, budget)

@@ -1,0 +1,1 @@
+"""How exact every operator is on this machine, beside eager PyTorch and against float64."""
