@@ -349,7 +349,8 @@ class PartModule(nn.Module):
         if part.shortcut != "none":
             identity = x
             if part.projection is not None:
-                identity = self._norm("_down", self.conv_down(x))
+                suffix = "_down"
+                identity = self._norm(suffix, getattr(self, f"conv{suffix}")(x))
             y = self._added(y, identity)
             if not part.pre:
                 y = self._act(len(part.convs) - 1, part.convs[-1], y)
