@@ -13,7 +13,7 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test test-triton sanitize sanitize-cuda lint format bench gpu clean
+.PHONY: demo test test-triton fuzz sanitize sanitize-cuda lint format bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
@@ -30,6 +30,12 @@ test-triton: .venv/.ready
 		$(BIN)/python -m pytest -q -n auto \
 			tests/test_triton_ops.py tests/test_triton_train.py tests/test_triton_models.py \
 			tests/test_triton_tune.py
+
+# Random networks, any number of them; make test runs the first thousand of seed 0.
+N ?= 5000
+SEED ?= 1
+fuzz: .venv/.ready
+	$(BIN)/python tests/fuzz/fuzz.py --cases $(N) --seed $(SEED) $(FUZZ_ARGS)
 
 # The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with a build of its own.
 SANITIZED := build/sanitized

@@ -169,8 +169,8 @@ class BlockCase:
             for parameter in model.parameters():
                 parameter.copy_(self._values(parameter.shape, generator))
             for module in model.modules():
-                if isinstance(module, nn.Conv2d) and self.fill != "integer":
-                    module.weight.mul_(math.prod(module.weight.shape[1:]) ** -0.5)
+                if isinstance(module, nn.Conv2d):
+                    self._fill_weight(module.weight, generator)
                 if isinstance(module, nn.BatchNorm2d):
                     self._fill_norm(module, generator)
         if self.weights_channels_last:
@@ -217,6 +217,15 @@ class BlockCase:
         if self.fill == "integer":
             return torch.randint(-2, 3, shape, generator=generator).float()
         return torch.randn(shape, generator=generator)
+
+    def _fill_weight(self, weight: Tensor, generator: torch.Generator) -> None:
+        inputs = math.prod(weight.shape[1:])
+        if self.fill != "integer":
+            weight.mul_(inputs**-0.5)
+            return
+        # About six of a sum's terms: it stays small enough for bfloat16 to hold it.
+        share = min(0.5, 6 / inputs)
+        weight.copy_(weight.sign() * (torch.rand(weight.shape, generator=generator) < share))
 
     def _fill_norm(self, norm: nn.BatchNorm2d, generator: torch.Generator) -> None:
         exact, tracked = self.fill == "integer", norm.running_mean is not None

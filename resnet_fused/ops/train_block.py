@@ -282,7 +282,7 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | N
             sums_of[step.input] = sums_before
         found[places] = [
             grad_weight,
-            _grad_of_bias(values.parameters[4 * i + 1], needs_bias),
+            sums.grad_of_conv_bias(values.parameters[4 * i + 1]) if needs_bias else None,
             sums.grad_weight if needs_bn_weight else None,
             sums.grad_bias if needs_bn_bias else None,
         ]
@@ -297,11 +297,8 @@ def _in_places(
     found: list[Tensor | None] = [grads[0]]
     for i in range(len(parameters) // 4):
         grad_weight, norm_weight, norm_bias = grads[1 + 3 * i : 4 + 3 * i]
-        grad_bias = _grad_of_bias(parameters[4 * i + 1], needs[2 + 4 * i])
+        bias = parameters[4 * i + 1]
+        # Of a batch norm that takes it away, and everything is finite here.
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         found += [grad_weight, grad_bias, norm_weight, norm_bias]
     return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
-
-
-def _grad_of_bias(bias: Tensor | None, needed: bool) -> Tensor | None:
-    """A batch norm takes a constant away, so the convolution's bias has no influence."""
-    return torch.zeros_like(bias) if bias is not None and needed else None

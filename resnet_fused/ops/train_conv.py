@@ -123,6 +123,13 @@ class Sums(NamedTuple):
     grad_bias: Tensor
     grad_residual: Tensor | None = None
 
+    def grad_of_conv_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The gradient of the convolution's bias in front, which the batch norm takes away.
+
+        Zero, but NaN where a value or gradient of the channel is not finite, as eager PyTorch's.
+        """
+        return None if bias is None else ((self.grad_weight + self.grad_bias) * 0).to(bias.dtype)
+
 
 class Pooled(NamedTuple):
     """A max-pool of act(bn(z)): where in its window each output was found, and the window."""

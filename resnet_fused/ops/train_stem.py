@@ -95,7 +95,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         grad_input,
         grad_weight,
-        torch.zeros_like(bias) if bias is not None and needs_bias else None,
+        sums.grad_of_conv_bias(bias) if needs_bias else None,
         sums.grad_weight if needs_norm[0] else None,
         sums.grad_bias if needs_norm[1] else None,
     )

@@ -1,0 +1,232 @@
+"""Whether a fused network does what the case's plain one does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from tolerance import (
+    Measured,
+    assert_mean,
+    assert_same_layout,
+    measured,
+    measured_by_policy,
+    relative_error,
+)
+from torch import Tensor, nn
+
+from resnet_fused import explain, fuse, unfuse
+from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run
+
+DRAWS = 9
+"""Of a case that has missed its budget once."""
+
+CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
+EXACT_ACTS = ("none", "relu", "relu6")
+ROUNDING_ALGORITHMS = ("winograd3", "winograd4")
+"""Whose transforms divide by 3."""
+
+
+@dataclass
+class Verdict:
+    """What came of a case."""
+
+    ratio: float = 0.0
+    """The largest error as a part of its budget."""
+    what: str = ""
+    """The tensor with that error."""
+    exact: bool = False
+    """Whether it was compared bit for bit."""
+    library_wrong: bool = False
+    """Whether oneDNN's convolution was wrong in eager PyTorch, so that all was run without it."""
+    refused: bool = False
+    """Whether eager PyTorch raises, as the fused network did."""
+    by_draws: bool = False
+    """Whether other draws decided."""
+
+
+def judge(case: BlockCase) -> Verdict:
+    """Hold a case's fused network to eager PyTorch and float64.
+
+    One draw decides nothing where rounding does: of two computations that are as exact on average
+    one is sometimes off more than twice as far as the other. A case that misses its budget once is
+    held by the mean of other draws; by their median where a ReLU near its corner passes a gradient
+    or does not, which makes an error of any size, in eager PyTorch as often.
+
+    Raises:
+        AssertionError: the fused network is wrong.
+    """
+    comparison = _Comparison(case)
+    verdict = comparison.verdict
+    if verdict.ratio <= 1:
+        return verdict
+    over = f"{verdict.what} was at {verdict.ratio:.2f} of its budget"
+    draws = [_Comparison(replace(case, seed=case.seed + 1_000_003 * (i + 1))) for i in range(DRAWS)]
+    corners = case.mode != "eval" and any(c.act in CORNERED for c in _convs(case))
+    for name in comparison.rows:
+        rows = [draw.rows[name] for draw in draws if name in draw.rows]
+        if corners:
+            rows = [sorted(rows, key=lambda row: row.error / (row.budget or 1.0))[len(rows) // 2]]
+        assert_mean(rows, comparison.ours.tensors[name], what=f"{name} ({over})")
+    ratios = [draw.verdict.ratio for draw in draws]
+    return replace(verdict, ratio=sorted(ratios)[DRAWS // 2], by_draws=True)
+
+
+@dataclass
+class _Comparison:
+    """One draw of a case, run three ways."""
+
+    case: BlockCase
+    rows: dict[str, Measured] = field(default_factory=dict)
+    verdict: Verdict = field(default_factory=Verdict)
+
+    def __post_init__(self) -> None:
+        case = self.case
+        self.plain, self.base = case.build()
+        kept = self.base.clone()
+        self.fused = fuse(self.plain, memory=case.memory)
+        state = copy.deepcopy(self.plain.state_dict())
+        self.reference = run(case, double(self.plain), self.base.double(), exact=True)
+        self.verdict.library_wrong = self._library_is_wrong()
+        with torch.backends.mkldnn.flags(enabled=not self.verdict.library_wrong):
+            self._compare(kept, state)
+
+    def _compare(self, kept: Tensor, state: dict[str, Tensor]) -> None:
+        case = self.case
+        self.eager = self._eager()
+        self.ours = run(case, copy.deepcopy(self.fused), self.base)
+        assert torch.equal(self.base.nan_to_num(), kept.nan_to_num()), "the input was changed"
+        self._assert_same_state(unfuse(self.fused), state)
+        if (error := self.eager.error) is not None:
+            got = self.ours.error
+            assert type(got) is type(error), f"eager raises {error!r}, fused gives {got!r}"
+            self.verdict.refused = True
+            return
+        if self.ours.error is not None:
+            raise AssertionError("fused raises, eager does not") from self.ours.error
+        assert list(self.ours.tensors) == list(self.eager.tensors)
+        self._assert_repeatable()
+        self._measure()
+
+    def _eager(self) -> Outcome:
+        """Plain PyTorch's results; of those in two memory formats the worse, tensor by tensor."""
+        eager = run(self.case, copy.deepcopy(self.plain), self.base)
+        if self.case.layout not in ("contiguous", "channels_last") or eager.error is not None:
+            return eager
+        last = self.case.layout == "contiguous"
+        case = replace(self.case, layout="channels_last" if last else "contiguous")
+        layout = torch.channels_last if last else torch.contiguous_format
+        model = copy.deepcopy(self.plain).to(memory_format=layout)  # type: ignore[call-overload]
+        for name, value in run(case, model, self.base).tensors.items():
+            truth, before = self.reference.tensors[name], eager.tensors[name]
+            if not torch.equal(value.isfinite(), before.isfinite()):
+                continue
+            finite = before.isfinite() & truth.isfinite()
+            worse, error = (relative_error(t[finite], truth[finite]) for t in (value, before))
+            if worse > error:
+                eager.tensors[name] = torch.empty_like(before).copy_(value)
+        return eager
+
+    def _library_is_wrong(self) -> bool:
+        """Whether eager PyTorch by oneDNN in bfloat16 is no rounding of the truth, or no function.
+
+        (torch 2.13: narrow images of AMX; images of one column, stride (1, 2) and groups of one.)
+        """
+        if self.case.dtype not in ("bfloat16", "autocast"):
+            return False
+        one, two = (run(self.case, copy.deepcopy(self.plain), self.base) for _ in range(2))
+        with torch.backends.mkldnn.flags(enabled=False):
+            other = run(self.case, copy.deepcopy(self.plain), self.base)
+        for name, truth in self.reference.tensors.items():
+            if name not in one.tensors or not truth.is_floating_point():
+                continue
+            mine, again, others = (o.tensors[name] for o in (one, two, other))
+            if (mine.isfinite() != others.isfinite()).any() or not _same_bits(mine, again):
+                return True
+            finite = mine.isfinite() & truth.isfinite()
+            error, least = (relative_error(t[finite], truth[finite]) for t in (mine, others))
+            if error > 0.02 and error > 8 * least:
+                return True
+        return False
+
+    def _assert_same_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        after = model.state_dict()
+        assert list(after) == list(state)
+        for name, value in state.items():
+            assert torch.equal(after[name], value), f"fuse or a call of a copy changed {name}"
+
+    def _assert_repeatable(self) -> None:
+        """The same bits again, from packed weights now."""
+        if self.case.mode != "eval":
+            return
+        model = copy.deepcopy(self.fused)
+        for _ in range(2):
+            again = run(self.case, model, self.base).tensors["output"]
+            assert _same_bits(again, self.ours.tensors["output"]), "another call, other bits"
+
+    def _measure(self) -> None:
+        sizes = {n: _size(t) for n, t in self.reference.tensors.items() if n.startswith("gradient")}
+        largest = max(sizes.values(), default=0.0)
+        for name, ours in self.ours.tensors.items():
+            eager, exact = self.eager.tensors[name], self.reference.tensors[name]
+            if name == "output" and not self._one_channel():
+                assert_same_layout(ours, eager, what=name)
+            if self._must_be_exact(name):
+                self.verdict.exact = True
+                assert torch.equal(ours.double(), exact.double()) or self._rounds(), (
+                    f"{name}: eager is exact, fused is off by "
+                    f"{(ours.double() - exact).abs().max().item():.3e}"
+                )
+            # A bias in front of a batch norm has no gradient; what is computed is rounding of
+            # what cancels.
+            vanishes = sizes.get(name, largest) < 1e-9 * largest
+            row = self._row(name, ours, eager, exact, largest if vanishes else None)
+            self.rows[name] = row
+            ratio = row.error / row.budget if row.budget else 0.0
+            if ratio > self.verdict.ratio or not self.verdict.what:
+                self.verdict.ratio, self.verdict.what = ratio, name
+
+    def _row(
+        self, name: str, ours: Tensor, eager: Tensor, exact: Tensor, scale: float | None
+    ) -> Measured:
+        admits = self.case.dtype == "float32" and self.case.policy == "default"
+        if admits and self.case.mode == "eval" and name == "output":
+            return measured_by_policy(ours, eager, exact, "default", what=name)
+        return measured(ours, eager, exact, what=name, scale=scale)
+
+    def _must_be_exact(self, name: str) -> bool:
+        """Whether everything here is small whole numbers, and eager PyTorch got them right."""
+        case, eager = self.case, self.eager.tensors[name]
+        return (
+            case.fill == "integer"
+            and case.mode != "train"
+            and all(c.act in EXACT_ACTS and c.norm != "untracked" for c in _convs(case))
+            and torch.equal(eager.double(), self.reference.tensors[name].double())
+        )
+
+    def _one_channel(self) -> bool:
+        """Whether a tensor is in both memory formats, so that each successor takes its own."""
+        widths = [c.outputs for c in _convs(self.case)]
+        return 1 in (self.case.channels, *widths)
+
+    def _rounds(self) -> bool:
+        """Whether an algorithm that is not exact on whole numbers runs here."""
+        if self.case.mode != "eval":
+            return False
+        entries = explain(self.fused, self.case.input(self.base)).entries
+        return any(a in e.backend for e in entries for a in ROUNDING_ALGORITHMS)
+
+
+def _convs(case: BlockCase) -> list[Conv]:
+    return [c for p in case.parts for c in (*p.convs, *filter(None, (p.projection,)))]
+
+
+def _size(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(nan=math.pi), b.nan_to_num(nan=math.pi))
