@@ -265,7 +265,7 @@ def run(case: BlockCase, model: nn.Module, base: Tensor, *, exact: bool = False)
         exact: in float64, as the reference: without autocast.
 
     Returns:
-        The output; with gradients those of the input and of every parameter, of a weighed sum of
+        The output, and the input as it is then; with gradients those of the input and of every parameter, of a weighed sum of
         the output; in training the buffers afterwards.
     """
     generator = torch.Generator().manual_seed(case.seed + 1)
@@ -276,8 +276,9 @@ def run(case: BlockCase, model: nn.Module, base: Tensor, *, exact: bool = False)
     try:
         with autocast, torch.set_grad_enabled(case.mode != "eval"), settings(case):
             # times 1: what the model may write to is no leaf
-            output = model(case.input(leaf * 1 if case.mode != "eval" else leaf))
-            found = {"output": output.detach()}
+            given = case.input(leaf * 1 if case.mode != "eval" else leaf)
+            output = model(given)
+            found = {"output": output.detach(), "input": given.detach()}
             if case.mode != "eval":
                 weights = case._values(output.shape, generator).to(output.dtype)
                 (output * weights).sum().backward()

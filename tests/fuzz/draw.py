@@ -58,6 +58,11 @@ def _case(source: random.Random) -> BlockCase | None:
     # Batch statistics are no whole numbers.
     fills = ["random"] * 5 + ["special"] if mode == "train" else ["integer"] * 8 + ["random"] * 2
     fill = pick([*fills, "special"])
+    if fill == "special" and mode != "eval":
+        # At NaN the gradient is 0 in eager PyTorch's vectors and passes behind their last one.
+        parts = [_without(part, "relu6") for part in parts]
+    convs = [c for p in parts for c in (*p.convs, *filter(None, (p.projection,)))]
+    strided = any(c.kernel == (1, 1) and c.stride != (1, 1) for c in convs)
     return BlockCase(
         batch, channels, height, width, tuple(parts),
         dtype=dtype,
@@ -67,8 +72,15 @@ def _case(source: random.Random) -> BlockCase | None:
         fill=fill,
         policy=pick(["default", "default", "strict"]),
         memory=pick(["default", "default", "low"]),
-        threads=pick([1, 1, 2, 3]),
+        # oneDNN's weight gradient of these writes past its memory with 2 threads and more (torch
+        # 2.13; heap corruption in plain PyTorch: 15 to 64 channels, 28 × 18 pixels, stride 2).
+        threads=1 if strided and mode != "eval" else pick([1, 1, 2, 3]),
     )  # fmt: skip
+
+
+def _without(part: Part, act: str) -> Part:
+    convs = (replace(c, act="relu") if c.act == act else c for c in part.convs)
+    return replace(part, convs=tuple(convs))
 
 
 def _channels(source: random.Random) -> int:

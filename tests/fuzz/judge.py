@@ -15,7 +15,7 @@ from tolerance import (
     measured_by_policy,
     relative_error,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from resnet_fused import explain, fuse, unfuse
 from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run
@@ -85,30 +85,38 @@ class _Comparison:
     def __post_init__(self) -> None:
         case = self.case
         self.plain, self.base = case.build()
-        kept = self.base.clone()
-        self.fused = fuse(self.plain, memory=case.memory)
-        state = copy.deepcopy(self.plain.state_dict())
         self.reference = run(case, double(self.plain), self.base.double(), exact=True)
         self.verdict.library_wrong = self._library_is_wrong()
         with torch.backends.mkldnn.flags(enabled=not self.verdict.library_wrong):
-            self._compare(kept, state)
+            self._compare()
 
-    def _compare(self, kept: Tensor, state: dict[str, Tensor]) -> None:
+    def _compare(self) -> None:
         case = self.case
         self.eager = self._eager()
-        self.ours = run(case, copy.deepcopy(self.fused), self.base)
-        assert torch.equal(self.base.nan_to_num(), kept.nan_to_num()), "the input was changed"
-        self._assert_same_state(unfuse(self.fused), state)
+        self.fused = fuse(self.plain, memory=case.memory)
+        self._assert_same(self.fused.state_dict(), self.plain.state_dict(), "fuse changed")
+        self.ours = run(case, self.fused, self.base)
         if (error := self.eager.error) is not None:
             got = self.ours.error
             assert type(got) is type(error), f"eager raises {error!r}, fused gives {got!r}"
+            self._assert_same(self.fused.state_dict(), self.plain.state_dict(), "an error changed")
             self.verdict.refused = True
             return
         if self.ours.error is not None:
             raise AssertionError("fused raises, eager does not") from self.ours.error
         assert list(self.ours.tensors) == list(self.eager.tensors)
-        self._assert_repeatable()
+        if case.mode == "eval":
+            again = run(case, self.fused, self.base)  # from packed weights
+            self._assert_same(again.tensors, self.ours.tensors, "another call changed the bits of")
         self._measure()
+        after = {n: t.clone() for n, t in self.fused.state_dict().items()}
+        self._assert_same(unfuse(self.fused, inplace=True).state_dict(), after, "unfuse changed")
+
+    @staticmethod
+    def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+        assert list(actual) == list(expected), f"{what} the names"
+        for name, value in expected.items():
+            assert _same_bits(actual[name], value), f"{what} {name}"
 
     def _eager(self) -> Outcome:
         """Plain PyTorch's results; of those in two memory formats the worse, tensor by tensor."""
@@ -150,21 +158,6 @@ class _Comparison:
             if error > 0.02 and error > 8 * least:
                 return True
         return False
-
-    def _assert_same_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        after = model.state_dict()
-        assert list(after) == list(state)
-        for name, value in state.items():
-            assert torch.equal(after[name], value), f"fuse or a call of a copy changed {name}"
-
-    def _assert_repeatable(self) -> None:
-        """The same bits again, from packed weights now."""
-        if self.case.mode != "eval":
-            return
-        model = copy.deepcopy(self.fused)
-        for _ in range(2):
-            again = run(self.case, model, self.base).tensors["output"]
-            assert _same_bits(again, self.ours.tensors["output"]), "another call, other bits"
 
     def _measure(self) -> None:
         sizes = {n: _size(t) for n, t in self.reference.tensors.items() if n.startswith("gradient")}
