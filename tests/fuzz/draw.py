@@ -61,6 +61,8 @@ def _case(source: random.Random) -> BlockCase | None:
     if fill == "special" and mode != "eval":
         # At NaN the gradient is 0 in eager PyTorch's vectors and passes behind their last one.
         parts = [_without(part, "relu6") for part in parts]
+    if mode == "train":
+        parts = [_without_bare_scales(part) for part in parts]
     convs = [c for p in parts for c in (*p.convs, *filter(None, (p.projection,)))]
     strided = any(c.kernel == (1, 1) and c.stride != (1, 1) for c in convs)
     return BlockCase(
@@ -80,6 +82,17 @@ def _case(source: random.Random) -> BlockCase | None:
 
 def _without(part: Part, act: str) -> Part:
     convs = (replace(c, act="relu") if c.act == act else c for c in part.convs)
+    return replace(part, convs=tuple(convs))
+
+
+def _without_bare_scales(part: Part) -> Part:
+    """Without a batch norm that takes away all that a convolution's weight can do.
+
+    A 1×1 kernel over one channel is a factor; its gradient is what rounding leaves of zero.
+    """
+    convs = (
+        replace(c, norm="frozen") if c.kernel == (1, 1) and c.groups > 1 else c for c in part.convs
+    )
     return replace(part, convs=tuple(convs))
 
 
