@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused import checks, packing
 from resnet_fused.backends import gpu_kernels, native_conv, onednn
+from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.graph.analyse import Candidate, analyse
 from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
@@ -203,7 +204,8 @@ def _algorithm(conv: nn.Module, observed: Observed | None) -> str:
     assert isinstance(conv, nn.Conv2d)
     folded = packing.fold_of(conv, None, observed.dtype) if observed.channels_last else None
     problem = None if folded is None else folded.problem(observed.shape)
-    return "library conv + one pass" if problem is None else packing.choose(problem)
+    chosen = LIBRARY if problem is None else packing.choose(problem)
+    return "library conv + one pass" if chosen == LIBRARY else chosen
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,12 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     channels = problem.channels // problem.groups
     outputs = problem.out_channels // problem.groups
     strict = policy == "strict" and not problem.bf16
-    products = problem.kernel[0] * problem.kernel[1] * channels
-    if (
-        problem.groups > 1
-        and _is_grouped(problem)
-        and not (strict and products > _STRICT_LONGEST_SUM)
-    ):
+    direct = _direct_is_admitted(problem, policy)
+    if problem.groups > 1 and _is_grouped(problem) and direct:
         return ("grouped",)
     if problem.groups > 1 and min(channels, outputs) < _LEAST_CHANNELS:
         return ()
-    found = [] if strict and products > _STRICT_LONGEST_SUM else ["direct"]
+    found = ["direct"] if direct else []
     if problem.kernel == (3, 3) and problem.dilation == (1, 1):
         rounds_well = not problem.bf16 or channels >= _LEAST_ROUNDED_CHANNELS
         if problem.stride == (1, 1) and (
@@ -124,6 +120,11 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     if policy == "default" and _is_strassen(problem):
         found.append("strassen")
     return tuple(found)
+
+
+def _direct_is_admitted(problem: ConvProblem, policy: str) -> bool:
+    products = problem.kernel[0] * problem.kernel[1] * problem.channels // problem.groups
+    return policy == "default" or problem.bf16 or products <= _STRICT_LONGEST_SUM
 
 
 def _is_grouped(problem: ConvProblem) -> bool:
@@ -204,14 +205,17 @@ def cost(problem: ConvProblem, algorithm: str) -> float:
     return max(products, _weight_cost(weights)) + transforms + 2 * _CALL_COST
 
 
-def choose(problem: ConvProblem, policy: str, measured: str | None = None) -> str:
+def choose(
+    problem: ConvProblem, policy: str, measured: str | None = None, *, onednn: bool = True
+) -> str:
     """The algorithm that runs a problem: one of :data:`NATIVE`, or "onednn".
 
     Args:
         measured: the one that was the fastest when it was timed, if any was. It is taken if the
             policy admits it; otherwise the one that is expected to be the fastest.
+        onednn: whether PyTorch's is admitted; otherwise one of ours has to be.
     """
-    admitted = (*candidates(problem, policy), "onednn")
+    admitted = candidates(problem, policy) + (("onednn",) if onednn else ())
     if measured in admitted:
         return measured
     return min(admitted, key=lambda a: cost(problem, a))
@@ -244,23 +248,41 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     gemm = LIBRARY if loses else "gemm"
     if problem.channels < _LEAST_CHANNELS:
         # The gradient of an image is seldom wanted, and not by whom speed matters to.
-        return TrainingAlgorithms("direct", LIBRARY, gemm)
+        output = "direct" if _direct_is_admitted(problem, policy) else LIBRARY
+        return TrainingAlgorithms(output, LIBRARY, gemm)
     if problem.bf16 and (problem.channels % 2 or problem.out_channels % 2):
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
-    winograd = (
+    around = turned(problem)
+    if problem.stride == (1, 1):
+        input = _quick(around, policy)
+    else:
+        direct = problem.dilation == (1, 1) and "direct" in training_candidates(around, policy)
+        input = "direct" if direct else LIBRARY
+    reach = (d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True))
+    if any(p > r for p, r in zip(problem.padding, reach, strict=True)):
+        input = LIBRARY
+    weight = "winograd4" if "winograd4" in training_candidates(problem, policy) else gemm
+    return TrainingAlgorithms(_quick(problem, policy), input, weight)
+
+
+def training_candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
+    """The library's own algorithms that may make a problem's output in training.
+
+    And those that make its input's gradient, if the problem is :func:`turned`; with another stride
+    than 1 that is direct convolution or none.
+    """
+    found = ["direct"] if _direct_is_admitted(problem, policy) else []
+    if (
         policy == "default"
         and problem.kernel == (3, 3)
         and problem.dilation == (1, 1)
         and problem.stride in ((1, 1), (2, 2))
-    )
-    if problem.stride == (1, 1):
-        input = _quick(turned(problem), winograd)
-    else:
-        input = "direct" if problem.dilation == (1, 1) else LIBRARY
-    reach = (d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True))
-    if any(p > r for p, r in zip(problem.padding, reach, strict=True)):
-        input = LIBRARY
-    return TrainingAlgorithms(_quick(problem, winograd), input, "winograd4" if winograd else gemm)
+    ):
+        found += ["winograd4", "winograd4_late"]
+        if problem.bf16 and problem.channels >= _LEAST_ROUNDED_CHANNELS:
+            pairs = "winograd2" if problem.stride == (1, 1) else "winograd3"
+            found += [pairs, f"{pairs}_late"]
+    return tuple(found)
 
 
 def turned(problem: ConvProblem) -> ConvProblem:
@@ -281,14 +303,10 @@ def turned(problem: ConvProblem) -> ConvProblem:
     )
 
 
-def _quick(problem: ConvProblem, winograd: bool) -> str:
-    admitted = ["direct"]
-    if winograd:
-        admitted += ["winograd4", "winograd4_late"]
-    if winograd and problem.bf16 and problem.channels >= _LEAST_ROUNDED_CHANNELS:
-        pairs = "winograd2" if problem.stride == (1, 1) else "winograd3"
-        admitted += [pairs, f"{pairs}_late"]
-    return min(admitted, key=lambda a: cost(problem, a) + _packing_cost(problem, a))
+def _quick(problem: ConvProblem, policy: str) -> str:
+    admitted = training_candidates(problem, policy)
+    costs = {a: cost(problem, a) + _packing_cost(problem, a) for a in admitted}
+    return min(costs, key=lambda a: costs[a], default=LIBRARY)
 
 
 def _packing_cost(problem: ConvProblem, algorithm: str) -> float:

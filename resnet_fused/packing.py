@@ -77,7 +77,7 @@ class Folded:
 
     def for_shape(self, shape: torch.Size | tuple[int, ...]) -> Prepared | None:
         """What runs inputs of this shape; None where another path has to take them."""
-        key = shape, policy.current()
+        key = shape, policy.current(), torch.get_num_threads()
         try:
             return self.prepared[key]
         except KeyError:
@@ -90,7 +90,10 @@ class Folded:
 
     def _prepare(self, shape: tuple[int, ...]) -> Prepared | None:
         problem = self.problem(shape)
-        return None if problem is None else self.prepare(problem, choose(problem))
+        algorithm = conv_choice.LIBRARY if problem is None else choose(problem)
+        if problem is None or algorithm == conv_choice.LIBRARY:
+            return None
+        return self.prepare(problem, algorithm)
 
     def problem(self, shape: tuple[int, ...]) -> conv_choice.ConvProblem | None:
         """The convolution for inputs of this shape; None where another path has to take them."""
@@ -151,18 +154,33 @@ class Folded:
 
 def algorithms(problem: conv_choice.ConvProblem) -> tuple[str, ...]:
     """What may run a problem on this machine under the precision policy in force."""
-    dtype = torch.bfloat16 if problem.bf16 else torch.float32
-    if native_conv.unusable(dtype) is not None:
-        return ("onednn",)
-    return (*conv_choice.candidates(problem, policy.current()), "onednn")
+    own: tuple[str, ...] = ()
+    if native_conv.unusable(_dtype(problem)) is None:
+        own = conv_choice.candidates(problem, policy.current())
+    return (*own, "onednn") if _onednn_is_exact(problem) else own
 
 
 def choose(problem: conv_choice.ConvProblem) -> str:
-    """The algorithm that runs a problem now: the measured one, or the one expected to be best."""
-    if algorithms(problem) == ("onednn",):
-        return "onednn"
+    """The algorithm that runs a problem now: the measured one, or the one expected to be best.
+
+    PyTorch's own convolution is :data:`conv_choice.LIBRARY`.
+    """
+    admitted = algorithms(problem)
+    if len(admitted) < 2:
+        return admitted[0] if admitted else conv_choice.LIBRARY
     measured = _measured().get(problem.key(torch.get_num_threads()))
-    return conv_choice.choose(problem, policy.current(), measured)
+    return conv_choice.choose(problem, policy.current(), measured, onednn="onednn" in admitted)
+
+
+def _onednn_is_exact(problem: conv_choice.ConvProblem) -> bool:
+    """Whether oneDNN errs as little as the precision policy asks for."""
+    return policy.current() != "strict" or not onednn.is_product(
+        _dtype(problem), problem.batch, problem.kernel, problem.stride, problem.dilation
+    )
+
+
+def _dtype(problem: conv_choice.ConvProblem) -> torch.dtype:
+    return torch.bfloat16 if problem.bf16 else torch.float32
 
 
 def machine() -> str:

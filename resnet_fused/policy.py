@@ -15,8 +15,8 @@ class precision:
     ``"default"`` admits algorithms whose relative error against float64 (root mean square over an
     output) stays below 3e-6 in float32, Winograd F(4×4, 3×3) among them; a ResNet's logits stay
     within twice eager PyTorch's own error. ``"strict"`` admits those only whose error is at most
-    1.25 times eager's. Neither changes the dtype of data, nor anything in float64. Training does
-    without Winograd under "strict".
+    1.25 times eager's; training then does without Winograd and without direct convolutions of long
+    sums. Neither changes the dtype of data, nor anything in float64.
 
     ``resnet_fused.precision("strict")`` sets the policy for good,
     ``with resnet_fused.precision("strict"): ...`` until the block ends. It holds for the whole

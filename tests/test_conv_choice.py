@@ -6,10 +6,20 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
 import resnet_fused
-from resnet_fused import policy
-from resnet_fused.conv_choice import NATIVE, ConvProblem, candidates, choose, cost
+from resnet_fused import packing, policy
+from resnet_fused.conv_choice import (
+    LIBRARY,
+    NATIVE,
+    ConvProblem,
+    candidates,
+    choose,
+    choose_training,
+    cost,
+)
+from resnet_fused.functional import conv_bn_act, scale_shift_act
 
 
 def problem(
@@ -78,6 +88,40 @@ def test_bfloat16_is_not_rounded_in_transforms_of_few_channels() -> None:
         few = replace(problem(15, 28, 64, stride=stride), bf16=True)
         assert not rounded & set(candidates(few, "default"))
         assert rounded & set(candidates(replace(few, channels=16), "default"))
+
+
+def test_strict_training_has_no_long_sums() -> None:
+    """Those of direct convolutions are added up in one part, PyTorch's in several."""
+    narrow, wide = problem(512, 7, 128, kernel=1), problem(64, 14, 256, kernel=1)
+    assert choose_training(narrow, "strict") == (LIBRARY, "direct", "gemm")
+    assert choose_training(wide, "strict") == ("direct", LIBRARY, "gemm")
+    assert choose_training(problem(64, stride=2), "strict") == (LIBRARY, LIBRARY, "gemm")
+    assert choose_training(problem(3, 224, 64, kernel=7, stride=2), "strict").output == LIBRARY
+    assert LIBRARY not in choose_training(narrow, "default") + choose_training(wide, "default")
+
+
+def test_strict_leaves_to_blas_what_eager_leaves_to_it() -> None:
+    """On one thread; oneDNN's long sums err 1.7 times as much."""
+    products = problem(1024, 14, 256, kernel=1, batch=2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with resnet_fused.precision("strict"):
+            assert packing.choose(products) == LIBRARY
+            assert packing.choose(problem(64, 56, 256, kernel=1, batch=2)) != "onednn"
+            assert packing.choose(replace(products, stride=(2, 2))) == "onednn"
+            assert packing.choose(replace(products, batch=16)) == "onednn"
+            x = torch.randn(2, 1024, 7, 7).to(memory_format=torch.channels_last)
+            weight, vector = torch.randn(256, 1024, 1, 1), torch.rand(256)
+            fused = conv_bn_act(x, weight, vector, vector, act="relu")
+            by_blas = torch.conv2d(x, weight)
+            assert torch.equal(fused, scale_shift_act(by_blas, vector, vector, act="relu"))
+        assert "onednn" in packing.algorithms(products)
+        torch.set_num_threads(2)
+        with resnet_fused.precision("strict"):
+            assert packing.choose(products) == "onednn"
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_strict_admits_a_part_of_what_default_admits() -> None:

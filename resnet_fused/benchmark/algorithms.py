@@ -57,7 +57,7 @@ def tune(
         assert isinstance(conv, nn.Conv2d)
         folded = packing.fold_of(conv, None, seen.dtype) if seen.channels_last else None
         problem = None if folded is None else folded.problem(seen.shape)
-        if problem is not None:
+        if problem is not None and packing.algorithms(problem):
             problems.setdefault(problem, []).append((name, conv))
     results = []
     for done, (problem, layers) in enumerate(problems.items()):
