@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Promise = Literal["parity", "default", "strict", "exact"]
+"""What holds for a result: parity with eager PyTorch, what a precision policy says, or its bits."""
+
+EAGER_FACTOR = 2.0
+"""Parity: twice eager PyTorch's own error, and one rounding."""
+
+DEFAULT_ERROR = 3e-6
+"""What the policy "default" admits in float32: Winograd's F(4×4) stays below it."""
+
+STRICT_FACTOR = 1.25
+"""What the policy "strict" admits, in eager PyTorch's own error."""
+
+DOUBLE_ROUNDINGS = 64
+"""What a float64 result may be off, in roundings of float64: there the reference is eager itself,
+no better than what it judges, and sums run in another order. A single step in float32 costs five
+hundred million of them.
+"""
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
@@ -23,28 +42,61 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    if actual.shape != reference.shape:
-        raise ValueError(
-            f"actual: expected the reference's shape {tuple(reference.shape)}, "
-            f"got {tuple(actual.shape)}"
-        )
-    if reference.numel() == 0:
-        return 0.0
-    a = actual.detach().to(device="cpu", dtype=torch.float64)
-    r = reference.detach().to(device="cpu", dtype=torch.float64)
-    finite = r.isfinite()
-    if not torch.equal(finite, a.isfinite()):
+    found = _finite(actual, reference)
+    if found is None:
         return math.inf
-    odd_a, odd_r = a[~finite], r[~finite]
-    if not torch.equal(odd_a.nan_to_num(0, 1, -1), odd_r.nan_to_num(0, 1, -1)):
-        return math.inf
-    a, r = a[finite], r[finite]
+    a, r = found
     if r.numel() == 0:
         return 0.0
     worst, largest = (a - r).abs().max().item(), r.abs().max().item()
     return worst / largest if largest > 0 else worst
 
 
-def error_budget(eager_error: float, dtype: torch.dtype) -> float:
-    """What a fused result may be off: twice eager PyTorch's own error, and one rounding."""
-    return 2 * eager_error + torch.finfo(dtype).eps
+def root_mean_square_error(actual: Tensor, reference: Tensor) -> float:
+    r"""All errors beside all values: :math:`\sqrt{\sum (a - r)^2 / \sum r^2}`, in float64.
+
+    What precision policies are defined by: of many roundings the largest is a matter of luck.
+    Arguments, values that are not finite and errors as for :func:`relative_error`.
+    """
+    found = _finite(actual, reference)
+    if found is None:
+        return math.inf
+    a, r = found
+    error, size = (a - r).norm().item(), r.norm().item()
+    return error / size if size > 0 else error
+
+
+def _finite(actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What is finite in float64; None where not the same values are, or the others differ."""
+    if actual.shape != reference.shape:
+        raise ValueError(
+            f"actual: expected the reference's shape {tuple(reference.shape)}, "
+            f"got {tuple(actual.shape)}"
+        )
+    a = actual.detach().to(device="cpu", dtype=torch.float64)
+    r = reference.detach().to(device="cpu", dtype=torch.float64)
+    finite = r.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return None
+    odd_a, odd_r = a[~finite], r[~finite]
+    if not torch.equal(odd_a.nan_to_num(0, 1, -1), odd_r.nan_to_num(0, 1, -1)):
+        return None
+    return a[finite], r[finite]
+
+
+def error_budget(eager_error: float, dtype: torch.dtype, promise: Promise = "parity") -> float:
+    """What a fused result of a dtype may be off, beside eager PyTorch's own error.
+
+    Both are :func:`relative_error`, for what a policy promises :func:`root_mean_square_error`.
+    """
+    rounding = torch.finfo(dtype).eps
+    if promise == "exact":
+        return 0.0
+    if dtype == torch.float64:
+        return DOUBLE_ROUNDINGS * rounding
+    if promise == "parity":
+        return EAGER_FACTOR * eager_error + rounding
+    rounding /= 12**0.5  # the root mean square of what lies anywhere between two numbers
+    if promise == "strict":
+        return STRICT_FACTOR * eager_error + rounding
+    return max(DEFAULT_ERROR, EAGER_FACTOR * eager_error + rounding)

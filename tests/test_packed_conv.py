@@ -20,11 +20,11 @@ from conv_case import (
     run_with_isa,
     sweep,
 )
-from tolerance import POLICY_ERROR, STRICT_FACTOR
 from torch import Tensor
 
 from resnet_fused.backends import native
 from resnet_fused.conv_choice import ConvProblem, candidates
+from resnet_fused.parity import DEFAULT_ERROR, STRICT_FACTOR
 
 pytestmark = pytest.mark.skipif(not native.available, reason=str(native.reason))
 
@@ -201,6 +201,6 @@ def test_root_mean_square_error(algorithm: str, stride: int, kernel: int, channe
         2, channels, (14, 14), 64, (kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1
     )
     if algorithm in candidates(shape, "default"):
-        assert ours <= POLICY_ERROR
+        assert ours <= DEFAULT_ERROR
     if algorithm in candidates(shape, "strict"):
         assert ours <= STRICT_FACTOR * error(case.eager(x, weight, scale, shift, None))

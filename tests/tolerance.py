@@ -15,12 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-EAGER_FACTOR = 2.0
-
-DOUBLE_ROUNDINGS = 64
-"""What a float64 result may be off, in roundings of float64: there the reference is eager itself,
-no better than what it judges, and sums run in another order. A single step in float32 costs five
-hundred million of them."""
+from resnet_fused.parity import DEFAULT_ERROR, DOUBLE_ROUNDINGS, EAGER_FACTOR, STRICT_FACTOR
 
 
 def one_rounding(dtype: torch.dtype) -> float:
@@ -229,12 +224,6 @@ def assert_function_parity(
     return actual
 
 
-POLICY_ERROR = 3e-6
-"""What the precision policy "default" admits in float32: Winograd's F(4x4) stays below it."""
-
-STRICT_FACTOR = 1.25
-
-
 def assert_within_policy(
     actual: Tensor,
     eager: Tensor,
@@ -272,7 +261,7 @@ def measured_by_policy(
     eager_error = relative_error(eager[finite], reference64[finite], scale)
     rounding = one_rounding(actual.dtype)
     budget = (
-        max(POLICY_ERROR, EAGER_FACTOR * eager_error + rounding)
+        max(DEFAULT_ERROR, EAGER_FACTOR * eager_error + rounding)
         if policy == "default"
         else STRICT_FACTOR * eager_error + rounding
     )
