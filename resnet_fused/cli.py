@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 
 import resnet_fused
-from resnet_fused import benchmark, tuning_cache
+from resnet_fused import benchmark, numerics, tuning_cache
 from resnet_fused.benchmark import BenchmarkError, Case, Mode, Result
 
+_IMAGE_SIZE, _VERIFY_BATCH = 224, 2
 _MODEL_HELP = "resnet50, torchvision:resnet50, timm:resnet50d or path/to/file.py:factory"
 
 
@@ -141,7 +142,54 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
+_NUMERICS_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 def _verify(args: argparse.Namespace) -> int:
+    _check_verify(args)
+    return _verify_operators(args) if args.all else _verify_model(args)
+
+
+def _check_verify(args: argparse.Namespace) -> None:
+    if args.all == (args.model is not None):
+        raise BenchmarkError("verify takes either a MODEL or --all")
+    of_model = {"--training": args.training, "--batch-size": args.batch_size != _VERIFY_BATCH,
+                "--image-size": args.image_size != _IMAGE_SIZE}  # fmt: skip
+    of_all = {"--only": args.only is not None, "--markdown": args.markdown}
+    wrong = [name for name, given in (of_model if args.all else of_all).items() if given]
+    if wrong:
+        raise BenchmarkError(f"{wrong[0]} goes with {'a MODEL' if args.all else '--all'}")
+
+
+def _verify_operators(args: argparse.Namespace) -> int:
+    """Every variant of every operator on a device."""
+    case = case_of(args, model="all operators")
+    dtypes = list(numerics.DTYPES) if args.dtype is None else [_NUMERICS_DTYPES[args.dtype]]
+    variants = numerics.every(case.device, dtypes)
+    if args.only is not None:
+        variants = [v for v in variants if args.only in v.operator]
+    if not variants:
+        raise BenchmarkError(f"--only: no operator's name has {args.only!r} in it")
+    with benchmark.ProgressBar() as progress, benchmark.tensor_float_32(case.dtype == "tf32"):
+        rows = numerics.measure(variants, progress=progress)
+    if args.json != "-":
+        if args.markdown:
+            print(numerics.markdown(rows))
+        else:
+            title = f"error against float64 beside eager PyTorch's, {case.device}"
+            lines = [numerics.cells(row) for row in rows]
+            benchmark.print_table(title, numerics.HEADER, lines, sys.stdout)
+        print(numerics.summary(rows))
+    ok = all(row.ok for row in rows)
+    command = " ".join(("resnet-fused", *args.argv))
+    results = [row.to_dict() for row in rows]
+    environment = benchmark.environment()
+    data = {"environment": environment, "command": command, "ok": ok, "results": results}
+    write_json(args.json, data)
+    return 0 if ok else 1
+
+
+def _verify_model(args: argparse.Namespace) -> int:
     case = case_of(args, model=args.model, mode="training" if args.training else "inference")
     model, images = _example(args.model, case)
     verification = resnet_fused.verify(model, images, training=args.training)
@@ -211,7 +259,7 @@ def case_of(args: argparse.Namespace, *, model: str, mode: Mode = "inference") -
         model=model,
         mode=mode,
         device=args.device,
-        dtype=args.dtype,
+        dtype=args.dtype or "fp32",
         batch_size=args.batch_size,
         image_size=args.image_size,
         threads=args.threads,
@@ -242,8 +290,17 @@ def _parser() -> Parser:
     verify = add(
         "verify", _verify, "compare the fused model with float64; exit status 0 if it holds, else 1"
     )
-    verify.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    add_case_arguments(verify, batch_size=2)
+    verify.add_argument("model", nargs="?", metavar="MODEL", help=_MODEL_HELP)
+    verify.add_argument(
+        "--all", action="store_true", help="instead of a model every variant of every operator"
+    )
+    verify.add_argument(
+        "--only", metavar="TEXT", help="of --all, operators with this in their name"
+    )
+    verify.add_argument(
+        "--markdown", action="store_true", help="of --all, print one line for each operator"
+    )
+    add_case_arguments(verify, batch_size=_VERIFY_BATCH, dtype=None)
     verify.add_argument(
         "--training", action="store_true", help="compare loss and gradients as well"
     )
@@ -274,7 +331,11 @@ def _parser() -> Parser:
 
 
 def add_case_arguments(
-    parser: argparse.ArgumentParser, *, batch_size: int, device: str = "cpu"
+    parser: argparse.ArgumentParser,
+    *,
+    batch_size: int,
+    device: str = "cpu",
+    dtype: str | None = "fp32",
 ) -> None:
     """Add --batch-size, --image-size, --dtype, --device and --threads."""
     parser.add_argument(
@@ -285,13 +346,17 @@ def add_case_arguments(
         help="(default: %(default)s)",
     )
     parser.add_argument(
-        "--image-size", type=positive, default=224, metavar="N", help="(default: 224)"
+        "--image-size",
+        type=positive,
+        default=_IMAGE_SIZE,
+        metavar="N",
+        help="(default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "tf32", "bf16", "fp16"),
-        default="fp32",
-        help="tf32 on a GPU only (default: %(default)s)",
+        default=dtype,
+        help=f"tf32 on a GPU only (default: {dtype or 'fp32, with --all every one'})",
     )
     parser.add_argument(
         "--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)"
