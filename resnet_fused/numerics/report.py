@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .draw import DTYPES
 from .measure import Row
 
 HEADER = (
@@ -34,7 +35,8 @@ def summary(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """For each operator and dtype the row that uses up most of its budget."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    present = {row.dtype for row in rows}
+    dtypes = [dtype for dtype in (*DTYPES, "autocast") if dtype in present]
     worst: dict[tuple[str, str], Row] = {}
     for row in rows:
         before = worst.get((row.operator, row.dtype))
