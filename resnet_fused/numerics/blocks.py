@@ -82,6 +82,8 @@ class NetworkCase:
             eager = [_tensors(case, copy.deepcopy(plain), base)]
             if case.layout in ("contiguous", "channels_last"):
                 eager.append(_in_the_other_layout(case, plain, base))
+            if case.dtype == "float64":
+                eager.append(_nearby(case, plain, base))
         _give_a_size(ours, eager, truth)
         _leave_out_overflow(ours, eager, truth)
         seen = _by_kind(ours)
@@ -170,7 +172,8 @@ def _tensors(
     outcome = run(case, model, base, exact=exact)
     if outcome.error is not None:
         raise outcome.error
-    return {name: t for name, t in outcome.tensors.items() if t.is_floating_point()}
+    found = outcome.tensors.items()
+    return {name: t for name, t in found if t.is_floating_point() and name != "input"}
 
 
 def _in_the_other_layout(case: BlockCase, plain: nn.Module, base: Tensor) -> dict[str, Tensor]:
@@ -209,6 +212,21 @@ def _leave_out_overflow(
         if torch.equal(special, of_eager):
             for tensors in (ours, *eager, truth):
                 tensors[name] = tensors[name].masked_fill(overflows, 0.0)
+
+
+def _nearby(case: BlockCase, plain: nn.Module, base: Tensor) -> dict[str, Tensor]:
+    """In float64 eager is its own truth; with data a few roundings off it shows what those cost."""
+    model = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(_shaken(parameter))
+    return _tensors(case, model, _shaken(base))
+
+
+def _shaken(tensor: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.dtype) * 2 - 1
+    return tensor * (1 + signs * 4 * torch.finfo(tensor.dtype).eps)
 
 
 def _by_kind(tensors: Mapping[str, Tensor]) -> Results:
