@@ -265,8 +265,8 @@ def run(case: BlockCase, model: nn.Module, base: Tensor, *, exact: bool = False)
         exact: in float64, as the reference: without autocast.
 
     Returns:
-        The output, and the input as it is then; with gradients those of the input and of every parameter, of a weighed sum of
-        the output; in training the buffers afterwards.
+        The output, and the input as it is then; with gradients those of the input and of every
+        parameter, of a weighed sum of the output; in training the buffers afterwards.
     """
     generator = torch.Generator().manual_seed(case.seed + 1)
     leaf = base.detach().clone().requires_grad_(case.mode != "eval")
