@@ -20,8 +20,8 @@ from torch import Tensor
 from resnet_fused import explain, fuse, unfuse
 from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run
 
-DRAWS = 9
-"""Of a case that has missed its budget once."""
+DRAWS = (9, 45)
+"""Of a case that has missed its budget once; and of one whose means are over it then."""
 
 CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
 EXACT_ACTS = ("none", "relu", "relu6")
@@ -63,15 +63,27 @@ def judge(case: BlockCase) -> Verdict:
     if verdict.ratio <= 1:
         return verdict
     over = f"{verdict.what} was at {verdict.ratio:.2f} of its budget"
-    draws = [_Comparison(replace(case, seed=case.seed + 1_000_003 * (i + 1))) for i in range(DRAWS)]
     corners = case.mode != "eval" and any(c.act in CORNERED for c in _convs(case))
-    for name in comparison.rows:
-        rows = [draw.rows[name] for draw in draws if name in draw.rows]
-        if corners:
-            rows = [sorted(rows, key=lambda row: row.error / (row.budget or 1.0))[len(rows) // 2]]
-        assert_mean(rows, comparison.ours.tensors[name], what=f"{name} ({over})")
-    ratios = [draw.verdict.ratio for draw in draws]
-    return replace(verdict, ratio=sorted(ratios)[DRAWS // 2], by_draws=True)
+    draws: list[_Comparison] = []
+    for count in DRAWS:
+        seeds = [case.seed + 1_000_003 * (i + 1) for i in range(len(draws), count)]
+        draws += [_Comparison(replace(case, seed=seed)) for seed in seeds]
+        try:
+            for name, ours in comparison.ours.tensors.items():
+                rows = [draw.rows[name] for draw in draws if name in draw.rows]
+                if corners:
+                    rows = [sorted(rows, key=_ratio)[len(rows) // 2]]
+                assert_mean(rows, ours, what=f"{name} ({over})")
+            break
+        except AssertionError:
+            if count == DRAWS[-1]:
+                raise
+    ratio = sorted(draw.verdict.ratio for draw in draws)[len(draws) // 2]
+    return replace(verdict, ratio=ratio, by_draws=True)
+
+
+def _ratio(row: Measured) -> float:
+    return row.error / row.budget if row.budget else 0.0
 
 
 @dataclass
@@ -192,7 +204,7 @@ class _Comparison:
             vanishes = sizes.get(name, largest) < 1e-9 * largest
             row = self._row(name, ours, eager, exact, largest if vanishes else None)
             self.rows[name] = row
-            ratio = row.error / row.budget if row.budget else 0.0
+            ratio = _ratio(row)
             if ratio > self.verdict.ratio or not self.verdict.what:
                 self.verdict.ratio, self.verdict.what = ratio, name
 
