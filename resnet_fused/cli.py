@@ -6,6 +6,7 @@ Exit status: 0 done, 1 parity does not hold, 2 bad input (one line on stderr), 1
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -41,6 +42,8 @@ def run_program(parser: Parser, argv: Sequence[str] | None = None) -> int:
 
     Everything a user can cause becomes one line on stderr; a traceback is a bug of ours.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path's bytes need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         argv = sys.argv[1:] if argv is None else argv
         args = parser.parse_args(argv)

@@ -43,11 +43,16 @@ def path() -> Path:
     if not named:
         try:
             import platformdirs
+
+            named = platformdirs.user_cache_dir("resnet_fused")
         except ImportError as error:
             raise FileNotFoundError(
                 "no cache directory: set RESNET_FUSED_CACHE_DIR, or install platformdirs"
             ) from error
-        named = platformdirs.user_cache_dir("resnet_fused")
+        except RuntimeError as error:  # a user without HOME and without an entry in passwd
+            raise FileNotFoundError(
+                f"no cache directory: set RESNET_FUSED_CACHE_DIR ({error})"
+            ) from error
     directory = Path(named)
     if not directory.is_absolute():
         raise OSError(f"the cache directory must be an absolute path, got {str(directory)!r}")
@@ -71,14 +76,19 @@ def read(machine: str) -> Choices:
 def update(machine: str, choices: Mapping[str, str]) -> Path:
     """Add choices to a machine's, all at once or not at all; returns the file's path.
 
-    Safe beside other processes that do the same: nobody's choices are lost.
+    Safe beside other processes that do the same: nobody's choices are lost. Of more than a file
+    may hold the oldest are dropped: other machines', then this one's.
 
     Raises:
+        ValueError: a name is longer than what is read again, or there are too many.
         OSError: the file cannot be written, or its directory is not private.
     """
+    if not _is_sound({machine: dict(choices)}):
+        raise ValueError(f"choices: expected names of at most {_MOST_TEXT} characters")
     file = path()
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _demand_private(os.lstat(file.parent), file.parent, stat.S_ISDIR)
+    # Not parents=True, which recurses.
+    for place in reversed((file.parent, *file.parent.parents)):
+        place.mkdir(mode=0o700, exist_ok=True)
     with _locked(file.parent):
         try:
             known = _read_all(file)
@@ -87,11 +97,7 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
         except (ValueError, RecursionError) as error:
             _complain(f"resnet_fused replaces its measured choices: {error}")
             known = {}
-        known[machine] = {**known.get(machine, {}), **choices}
-        text = json.dumps({"format": _FORMAT, "machines": known}, indent=1, sort_keys=True)
-        if len(text) > _MOST_BYTES:  # too much of old machines: keep this one's
-            known = {machine: known[machine]}
-            text = json.dumps({"format": _FORMAT, "machines": known}, indent=1, sort_keys=True)
+        text = _text(known, machine, choices)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_FILE, suffix=".new")
         try:
             with os.fdopen(handle, "w") as stream:
@@ -104,6 +110,16 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
                 os.unlink(temporary)
             raise
     return file
+
+
+def _text(known: dict[str, Choices], machine: str, choices: Mapping[str, str]) -> str:
+    """The file's content: as much of what is known already as it may hold."""
+    own = {**known.get(machine, {}), **choices}
+    for machines in ({**known, machine: own}, {machine: own}, {machine: dict(choices)}):
+        text = json.dumps({"format": _FORMAT, "machines": machines}, indent=1, sort_keys=True)
+        if len(text) <= _MOST_BYTES:
+            return text
+    raise ValueError(f"choices: {len(choices)} of them take more than {_MOST_BYTES} bytes")
 
 
 def _read_all(file: Path) -> dict[str, Choices]:
@@ -133,30 +149,41 @@ def _demand_private(status: os.stat_result, place: Path, is_kind: Any) -> None:
 
 
 def _checked(data: Any, file: Path) -> dict[str, Choices]:
-    def demand(condition: bool) -> None:
-        if not condition:
-            raise ValueError(f"{file} is not of the form that this version writes")
-
-    demand(isinstance(data, dict) and data.get("format") == _FORMAT)
-    machines = data.get("machines")
-    demand(isinstance(machines, dict))
-    for machine, choices in machines.items():
-        demand(len(machine) <= _MOST_TEXT and isinstance(choices, dict))
-        for problem, algorithm in choices.items():
-            demand(len(problem) <= _MOST_TEXT)
-            demand(isinstance(algorithm, str) and len(algorithm) <= _MOST_TEXT)
+    machines: Any = data.get("machines") if isinstance(data, dict) else None
+    if not _is_sound(machines) or data.get("format") != _FORMAT:
+        raise ValueError(f"{file} is not of the form that this version writes")
     return machines
+
+
+def _is_sound(machines: Any) -> bool:
+    return isinstance(machines, dict) and all(
+        len(machine) <= _MOST_TEXT
+        and isinstance(choices, dict)
+        and all(
+            len(problem) <= _MOST_TEXT and isinstance(name, str) and len(name) <= _MOST_TEXT
+            for problem, name in choices.items()
+        )
+        for machine, choices in machines.items()
+    )
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
+    """One writer at a time, in a directory that is private."""
     if fcntl is None:
+        _demand_private(os.lstat(directory), directory, stat.S_ISDIR)
         yield
         return
-    handle = os.open(directory, os.O_RDONLY)
+    handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        _demand_private(os.fstat(handle), directory, stat.S_ISDIR)
         fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in directory.glob(f"{_FILE}*.new"):  # by writers that were killed
+            with contextlib.suppress(OSError):
+                left.unlink()
         yield
+        # Closing alone would leave it locked where another thread has forked meanwhile.
+        fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
         os.close(handle)
 

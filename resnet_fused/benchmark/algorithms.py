@@ -50,6 +50,7 @@ def tune(
         )
     if training:
         raise BenchmarkError("on the CPU training's algorithms are chosen by their cost, not timed")
+    tuning_cache.update(packing.machine(), {})  # raises now rather than after all the timing
     problems: dict[conv_choice.ConvProblem, list[tuple[str, nn.Conv2d]]] = {}
     modules = dict(model.named_modules())
     for name, seen in conv_inputs(model, [images]).items():

@@ -70,6 +70,8 @@ def tune(
     reason = support.unusable(images)
     if reason is not None:
         raise BenchmarkError(f"nothing to tune: {reason}")
+    machine = gpu_choice.machine(images.get_device())
+    tuning_cache.update(machine, {})  # raises now rather than after all the timing
     end = time.monotonic() + limit_s
     named = _layers(model, images)
     asked = [
@@ -94,7 +96,6 @@ def tune(
         results.append(Tuned(key, tuple(layers), LIBRARY, chosen, taken))
         keep(results[-1])
     progress(len(asked), len(asked), "done")
-    machine = gpu_choice.machine(images.get_device())
     tuning_cache.update(machine, {t.problem: t.chosen for t in results})
     gpu_choice.forget_measured()
     return results
