@@ -302,7 +302,9 @@ def vanish(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [(grow, {}), (swap, CHOICES), (vanish, CHOICES)], ids=str
+    ("change", "expected"),
+    [(grow, {}), (swap, CHOICES), (vanish, CHOICES)],
+    ids=["grow", "swap", "vanish"],
 )
 def test_a_file_that_changes_between_check_and_read(
     change: Callable[[Path], None],
