@@ -86,9 +86,7 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
     if not _is_sound({machine: dict(choices)}):
         raise ValueError(f"choices: expected names of at most {_MOST_TEXT} characters")
     file = path()
-    # Not parents=True, which recurses.
-    for place in reversed((file.parent, *file.parent.parents)):
-        place.mkdir(mode=0o700, exist_ok=True)
+    _make(file.parent)
     with _locked(file.parent):
         try:
             known = _read_all(file)
@@ -110,6 +108,14 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
                 os.unlink(temporary)
             raise
     return file
+
+
+def _make(directory: Path) -> None:
+    try:
+        os.lstat(directory)  # too long a path is an error before any of it is made
+    except FileNotFoundError:
+        for place in reversed((directory, *directory.parents)):  # parents=True recurses
+            place.mkdir(mode=0o700, exist_ok=True)
 
 
 def _text(known: dict[str, Choices], machine: str, choices: Mapping[str, str]) -> str:

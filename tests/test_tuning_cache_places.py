@@ -237,6 +237,7 @@ def test_a_directory_that_cannot_be(
     assert len([w for w in caught if "ignores its measured" in str(w.message)]) <= 1
     with pytest.raises(OSError, match=r"absolute|too long"):
         tuning_cache.update(MACHINE, CHOICES)
+    assert not list(directory.iterdir())
 
 
 def test_a_deep_directory_and_one_whose_name_is_no_text(
@@ -244,8 +245,11 @@ def test_a_deep_directory_and_one_whose_name_is_no_text(
 ) -> None:
     for name in (str(directory) + "/a" * 1500, os.fsdecode(bytes(directory) + b"/\xff\xfe")):
         monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", name)
-        assert tuning_cache.update(MACHINE, CHOICES) == Path(name) / FILE
-        assert tuning_cache.read(MACHINE) == CHOICES
+        try:
+            assert tuning_cache.update(MACHINE, CHOICES) == Path(name) / FILE
+            assert tuning_cache.read(MACHINE) == CHOICES
+        finally:  # pytest's own way of removing it recurses
+            subprocess.run(["rm", "-rf", str(directory)], check=True)
 
 
 # --- the command line --------------------
