@@ -31,6 +31,7 @@ _STRICT_F2 = range(64, 513)  # channels
 _STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
 _MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
 _LEAST_STRASSEN_CHANNELS = 1024  # with fewer its sums take what its products save
+_LEAST_STRASSEN_PIXELS = 28  # of an image: with fewer its pairs of tiles are not filled
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
 _GROUPED_EFFICIENCY = 0.75
 _ONEDNN_CHANNELS = {False: 20, True: 16}  # of a group, below which oneDNN is as much slower; bf16
@@ -149,6 +150,7 @@ def _is_strassen(problem: ConvProblem) -> bool:
         and problem.groups == 1
         and not problem.bf16  # the sums of blocks would be rounded
         and problem.channels >= _LEAST_STRASSEN_CHANNELS
+        and problem.out_size[0] * problem.out_size[1] >= _LEAST_STRASSEN_PIXELS
         and problem.channels % 32 == 0
         and problem.out_channels % 64 == 0
     )

@@ -9,6 +9,9 @@
 // pixels is the two halves of A: their sums are made once for all output channels and stay in L2,
 // and the sums of products stay in registers or L1. Bytes as in direct convolution.
 //
+// The two tiles see each other's rounding: numbers of one cancel in the sums of the other. So both
+// are of one image, cut into pairs of nearly equal size, and no image depends on another.
+//
 // Strassen, "Gaussian Elimination is not Optimal", 1969; Winograd, "On Multiplication of 2 x 2
 // Matrices", 1971. One step costs little accuracy: Higham, "Accuracy and Stability of Numerical
 // Algorithms", 23.2.2.
@@ -66,8 +69,9 @@ void strassen_run(const ConvArguments& conv, const void* weight, const int64_t* 
                   const float* scale) {
   const StrassenTask task{conv, weight, {weight_strides[0], weight_strides[1]}, scale};
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t pixels = task.pixels(), size = RESNET_FUSED_CALL(strassen_pair_pixels);
-  const int64_t pairs = (pixels + size - 1) / size;
+  const int64_t size = RESNET_FUSED_CALL(strassen_pair_pixels);
+  const int64_t pixels = task.conv.shape.batch * task.image_pixels();
+  const int64_t pairs = task.conv.shape.batch * task.image_pairs(size);
   // Few pixels: the threads share out the output channels as well.
   const int64_t across = pixels <= kFewPixels ? std::min(threads, task.panels()) : 1;
   const int64_t along = std::min(pairs, std::max<int64_t>(1, threads / across));
@@ -85,8 +89,8 @@ void strassen_run(const ConvArguments& conv, const void* weight, const int64_t* 
       // In whole pairs, so that which pixels make a pair does not depend on the threads.
       const int64_t stop = pairs * (piece + 1) / along;
       for (int64_t pair = pairs * piece / along; pair < stop; pair += unit) {
-        const int64_t to = std::min(pixels, std::min(pair + unit, stop) * size);
-        kernel(task, pair * size, to - pair * size, begin, end, workspace.data() + worker * each);
+        kernel(task, pair, std::min(pair + unit, stop), begin, end,
+               workspace.data() + worker * each);
       }
     }
   });

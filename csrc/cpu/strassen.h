@@ -22,14 +22,16 @@ struct StrassenTask {
   int64_t half() const { return conv.shape.channels / 2; }  // channels of a block
   int64_t columns() const { return conv.shape.out_channels / 2; }
   int64_t panels() const { return columns() / kPanel; }  // pairs of panels, one of each half
-  int64_t pixels() const { return conv.shape.batch * conv.shape.out_height * conv.shape.out_width; }
+  int64_t image_pixels() const { return conv.shape.out_height * conv.shape.out_width; }
+  // Pairs of tiles of one image, if one has at most so many pixels.
+  int64_t image_pairs(int64_t most) const { return (image_pixels() + most - 1) / most; }
   // Floats from row to row of a block; not a multiple of 4 KiB.
   int64_t row() const { return half() + 16; }
 };
 
-// Pixels [first, first + count) of the output, counted over all images, panel pairs [begin, end).
-// `workspace` holds the blocks of count pixels: kProducts * row() floats for each two of a pair.
-using StrassenKernel = void (*)(const StrassenTask& task, int64_t first, int64_t count,
+// Pairs of tiles [first, last), counted over all images, and of panels [begin, end). `workspace`
+// holds the blocks of the former: kProducts * row() floats for each two pixels.
+using StrassenKernel = void (*)(const StrassenTask& task, int64_t first, int64_t last,
                                 int64_t begin, int64_t end, float* workspace);
 
 constexpr const char* kStrassenTakes =

@@ -194,29 +194,28 @@ using StrassenPairs = StrassenTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1
 using StrassenPairs = StrassenTable<1, 2, 3, 4, 5, 6>;
 #endif
 
-// Pixels of a pair of tiles; only the last of all pairs may have fewer.
+// Pixels of a pair of tiles, at most.
 inline int64_t strassen_pair_pixels() {
   return 2 * kGemmRows;
 }
 
-inline void strassen(const StrassenTask& task, int64_t first, int64_t count, int64_t begin,
+inline void strassen(const StrassenTask& task, int64_t first, int64_t last, int64_t begin,
                      int64_t end, float* workspace) {
   const int64_t out_channels = task.conv.shape.out_channels;
-  const int64_t pairs = (count + strassen_pair_pixels() - 1) / strassen_pair_pixels();
+  const int64_t image = task.image_pixels(), parts = task.image_pairs(strassen_pair_pixels());
   const auto pair_at = [&](int64_t i) {
-    const int64_t from = i * strassen_pair_pixels();
-    const int64_t left = count - from;
-    const int64_t size = left < strassen_pair_pixels() ? left : strassen_pair_pixels();
+    const int64_t part = i % parts, from = image * part / parts;
+    const int64_t size = image * (part + 1) / parts - from;
     const int64_t rows = (size + 1) / 2;
-    return TilePair{first + from, rows, size - rows,
-                    workspace + i * kProducts * kGemmRows * task.row()};
+    return TilePair{i / parts * image + from, rows, size - rows,
+                    workspace + (i - first) * kProducts * kGemmRows * task.row()};
   };
-  for (int64_t i = 0; i < pairs; ++i) make_blocks(task, pair_at(i));
+  for (int64_t i = first; i < last; ++i) make_blocks(task, pair_at(i));
   const bool dense = task.conv.shape.stride[0] == 1 && task.conv.shape.stride[1] == 1;
   const bool from_memory = task.columns() * kProducts * task.half() > kFarWeights;
   float memory[4][kGemmRows][kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
-    for (int64_t i = 0; i < pairs; ++i) {
+    for (int64_t i = first; i < last; ++i) {
       const TilePair pair = pair_at(i);
       Quadrant c[2][2];
       for (int q = 0; q < 4; ++q) {
@@ -231,7 +230,8 @@ inline void strassen(const StrassenTask& task, int64_t first, int64_t count, int
             memory[q]};
       }
       // The next unit's pixels; with a stride it would be half of them in vain.
-      const float* const after = dense ? input_pixel(task, pair.first + count) : nullptr;
+      const float* const after =
+          dense ? input_pixel(task, pair_at(i + last - first).first) : nullptr;
       const Factors factors{pair.blocks,
                             task.conv.packed + panel * kProducts * task.half() * kPanel,
                             task.half(),

@@ -6,6 +6,7 @@ A plan is made for one module and read-only afterwards; nothing here touches the
 from __future__ import annotations
 
 import linecache
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -352,9 +353,12 @@ def compile_body(
     )  # fmt: skip
     scope = dict(source.globals)
     exec(compile(source.src, filename, "exec"), scope)  # what torch.fx generated just now
+    function = scope["forward"]
+    # For tracebacks and debuggers, and gone with it: a process may fuse any number of models.
+    weakref.finalize(function, linecache.cache.pop, filename, None).atexit = False
     arguments = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
     paths = tuple(sorted(swallowed, key=lambda entry: entry.path))
-    return Body(scope["forward"], source.src, graph, steps, arguments, opened, paths)
+    return Body(function, source.src, graph, steps, arguments, opened, paths)
 
 
 def _own(module: nn.Module) -> Opened:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -18,7 +19,8 @@ from resnet_fused.graph.plan import Plan, make_plan
 from resnet_fused.graph.whole import open_children
 
 _PREFIX = "_fused_"
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+# Weak, so that a class that somebody makes at run time goes with its last instance.
+_classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
 
 
 class _Planned(FusedModule, nn.Module):
@@ -44,8 +46,8 @@ def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
     done: list[nn.Module] = []
     try:
         for module, (plan, excluded) in plans.items():
+            done.append(module)  # before it is changed: an exception may come between two lines
             module.__class__ = _fused_class(type(module))
-            done.append(module)
             vars(module)["_fused_excluded"] = dict(excluded)
             vars(module)["_fused_low_memory"] = plan.low_memory
             _attach(module, plan)
@@ -87,7 +89,8 @@ def _restore(kind: type[nn.Module], excluded: dict[str, str], low_memory: bool) 
 
 
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _classes:
+    fused = _classes.get(kind)
+    if fused is None:
         original = kind.forward
 
         @functools.wraps(original)
@@ -98,5 +101,5 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
             return run(self, *args, **kwargs)
 
         names = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-        _classes[kind] = type(kind.__name__, (_Planned, kind), names)
-    return _classes[kind]
+        fused = _classes[kind] = type(kind.__name__, (_Planned, kind), names)
+    return fused
