@@ -204,8 +204,8 @@ class Watch:
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
-        if not file.startswith(str(PACKAGE / "graph")):
-            return None
+        if not file.startswith(str(PACKAGE / "graph")) or frame.f_code.co_name == "<genexpr>":
+            return None  # what a generator raises when it is closed is lost
         self._at(frame.f_code, 0)
         changes = file.endswith("rewrite.py") and frame.f_code.co_name != "remove"
         return self._line if changes else None

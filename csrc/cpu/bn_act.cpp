@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../common/bn_act_halves.h"
+#include "../common/strings.h"
 #include "batch_statistics.h"
 #include "bn_act_backward.h"
 #include "channel_vectors.h"

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../common/layout.h"
+#include "../common/strings.h"
 #include "conv_algorithm.h"
 #include "memory_pool.h"
 #include "workspace.h"

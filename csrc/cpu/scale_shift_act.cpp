@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/strings.h"
 #include "channel_vectors.h"
 #include "memory_pool.h"
 #include "normalize_act.h"

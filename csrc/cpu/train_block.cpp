@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/strings.h"
 #include "bn_act.h"
 #include "memory_pool.h"
 #include "train_conv.h"

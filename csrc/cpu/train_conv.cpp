@@ -17,6 +17,7 @@
 
 #include <algorithm>
 
+#include "../common/strings.h"
 #include "batch_statistics.h"
 #include "direct_conv.h"
 #include "isa.h"

@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/strings.h"
 #include "max_pool.h"
 #include "train_norm.h"
 

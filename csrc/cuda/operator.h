@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../common/check.h"
+#include "../common/strings.h"
 #include "hardware.cuh"
 
 #ifdef __CUDACC__

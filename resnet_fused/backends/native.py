@@ -5,6 +5,7 @@ Set ``RESNET_FUSED_NO_NATIVE=1`` to do without them.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 
@@ -46,4 +47,10 @@ def isa() -> str:
     """
     if reason is not None:
         raise RuntimeError(f"the compiled CPU kernels are not loaded: {reason}")
+    return _isa()
+
+
+@functools.cache
+def _isa() -> str:
+    # Once: PyTorch (2.13) never frees a string that an operator returns.
     return getattr(torch.ops, schema.NAMESPACE)._cpu_isa()
