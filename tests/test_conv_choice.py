@@ -53,6 +53,7 @@ def problem(
         (problem(1024, 14, 256, kernel=1), "strassen", "onednn"),
         (problem(1024, 14, 2048, kernel=1, stride=2), "strassen", "onednn"),
         (problem(1024, 14, 2048, kernel=1, stride=2, batch=1), "direct", "onednn"),
+        (problem(1024, 5, 256, kernel=1, batch=64), "direct", "onednn"),  # 25 pixels fill no pair
         (problem(3, 224, 64, kernel=7, stride=2), "direct", "onednn"),
         (problem(64, 56, 64, groups=64), "onednn", "onednn"),
         (problem(128, 56, 128, groups=32), "grouped", "grouped"),
