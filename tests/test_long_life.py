@@ -37,6 +37,15 @@ ROUNDS = 5
 WARM_UP = 2  # rounds: caches fill up, allocators take what they need
 
 
+def resident() -> int:
+    """Bytes of the process in memory, without what the allocators could give back."""
+    if native.available:
+        torch.ops.resnet_fused._pool_release()
+    LIBC.malloc_trim(0)
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(frozen=True)
 class State:
     """What a process holds."""
@@ -52,15 +61,10 @@ class State:
     @staticmethod
     def now() -> State:
         """After everything that can be given back has been."""
-        for _ in range(3):  # what dies in one collection may hold what dies in the next
+        for _ in range(2):  # what dies in one collection may hold what dies in the next
             gc.collect()
-        if native.available:
-            torch.ops.resnet_fused._pool_release()
-        LIBC.malloc_trim(0)
-        with open("/proc/self/statm") as statm:
-            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return State(
-            resident, sys.getallocatedblocks(), len(gc.get_objects()),
+            resident(), sys.getallocatedblocks(), len(gc.get_objects()),
             len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")),
             len(linecache.cache), len(rewrite._classes),
         )  # fmt: skip
@@ -70,7 +74,7 @@ MOST = State(
     # Free memory between pieces that live: glibc cannot give back a page in part. That comes to a
     # tenth; 4 KB a training step, 1 KB an inference call would be more.
     resident=1 << 20,
-    # Numbers that happen to be alive: what is kept knows its tensors' versions, objects of their own
+    # Numbers that happen to be alive: what is kept knows its tensors' versions, which are objects
     # from 257 on. One for each call would be 1400, for each training step four 860.
     blocks=800, objects=60,
     files=0, threads=0, sources=0, classes=0,
@@ -254,12 +258,12 @@ def test_no_operator_keeps_a_byte() -> None:
     calls = 1500
     growths = {}
     for name, call in operators().items():
-        resident = []
+        found = []
         for _ in range(2):
             for _ in range(calls):
                 call()
-            resident.append(State.now().resident)
-        growths[name] = (resident[1] - resident[0]) / calls
+            found.append(resident())
+        growths[name] = (found[1] - found[0]) / calls
     assert max(growths.values()) < 16, growths
 
 
@@ -289,7 +293,7 @@ def test_a_leak_is_noticed(leak: str) -> None:
         kept: list[Any] = []
         everything.append(kept)
         for i in range(200):
-            if i % 4 == 0:
+            if i % 8 == 0:
                 infer({torch.float32: model}, 1)
             add(kept)
 
