@@ -23,6 +23,7 @@ from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run
 DRAWS = (9, 45)
 """Of a case that has missed its budget once; and of one whose means are over it then."""
 
+FEW = 16
 CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
 EXACT_ACTS = ("none", "relu", "relu6")
 ROUNDING_ALGORITHMS = ("winograd3", "winograd4")
@@ -52,8 +53,9 @@ def judge(case: BlockCase) -> Verdict:
 
     One draw decides nothing where rounding does: of two computations that are as exact on average
     one is sometimes off more than twice as far as the other. A case that misses its budget once is
-    held by the mean of other draws; by their median where a ReLU near its corner passes a gradient
-    or does not, which makes an error of any size, in eager PyTorch as often.
+    held by the mean of other draws; by their median where one draw may be off by any factor, in
+    eager PyTorch as often: a ReLU near its corner passes a gradient or does not, and the sum that a
+    few numbers are may be nearly zero.
 
     Raises:
         AssertionError: the fused network is wrong.
@@ -71,7 +73,7 @@ def judge(case: BlockCase) -> Verdict:
         try:
             for name, ours in comparison.ours.tensors.items():
                 rows = [draw.rows[name] for draw in draws if name in draw.rows]
-                if corners:
+                if corners or ours.numel() < FEW:
                     rows = [sorted(rows, key=_ratio)[len(rows) // 2]]
                 assert_mean(rows, ours, what=f"{name} ({over})")
             break
