@@ -18,7 +18,7 @@ from tolerance import (
 from torch import Tensor
 
 from resnet_fused import explain, fuse, unfuse
-from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run
+from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run, settings
 
 DRAWS = (9, 45)
 """Of a case that has missed its budget once; and of one whose means are over it then."""
@@ -26,8 +26,8 @@ DRAWS = (9, 45)
 FEW = 16
 CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
 EXACT_ACTS = ("none", "relu", "relu6")
-ROUNDING_ALGORITHMS = ("winograd3", "winograd4")
-"""Whose transforms divide by 3."""
+ROUNDING_ALGORITHM = "winograd"
+"""Whose transforms multiply by 16/9."""
 
 
 @dataclass
@@ -193,6 +193,8 @@ class _Comparison:
         largest = max(sizes.values(), default=0.0)
         for name, ours in self.ours.tensors.items():
             eager, exact = self.eager.tensors[name], self.reference.tensors[name]
+            if self._overflows(eager, exact):
+                continue
             if name == "output" and self._has_a_layout():
                 assert_same_layout(ours, eager, what=name)
             if self._must_be_exact(name):
@@ -209,6 +211,10 @@ class _Comparison:
             ratio = _ratio(row)
             if ratio > self.verdict.ratio or not self.verdict.what:
                 self.verdict.ratio, self.verdict.what = ratio, name
+
+    def _overflows(self, eager: Tensor, exact: Tensor) -> bool:
+        """Whether eager PyTorch's sums in float16 exceed it where the result does not."""
+        return self.case.dtype == "float16" and bool((exact.isfinite() & ~eager.isfinite()).any())
 
     def _row(
         self, name: str, ours: Tensor, eager: Tensor, exact: Tensor, scale: float | None
@@ -245,8 +251,9 @@ class _Comparison:
         """Whether an algorithm that is not exact on whole numbers runs here."""
         if self.case.mode != "eval":
             return False
-        entries = explain(self.fused, self.case.input(self.base)).entries
-        return any(a in e.backend for e in entries for a in ROUNDING_ALGORITHMS)
+        with settings(self.case):
+            entries = explain(self.fused, self.case.input(self.base)).entries
+        return any(ROUNDING_ALGORITHM in e.backend for e in entries)
 
 
 def _convs(case: BlockCase) -> list[Conv]:
