@@ -52,7 +52,7 @@ sanitize: $(SANITIZED)/.ready
 		|| { cat $(SANITIZED)/report.*; exit 1; }
 
 $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
-	RESNET_FUSED_SANITIZE=1 RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
+	RESNET_FUSED_SANITIZE=memory RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	touch $@
 

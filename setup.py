@@ -41,10 +41,17 @@ COMPILE = [
 LINK = []
 
 # make sanitize: reads out of bounds and undefined behaviour end the process. Python's own -fwrapv
-# would hide overflows, and makes the compiler take eight times as long.
-if os.environ.get("RESNET_FUSED_SANITIZE") == "1":
-    LINK = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
-    COMPILE += [*LINK, "-fno-sanitize-recover=undefined", "-fno-wrapv", "-O1", "-g1"]
+# would hide overflows, and makes the compiler take eight times as long. make sanitize-threads: data
+# races are reported.
+SANITIZERS = {
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize=vptr"],
+    "threads": ["-fsanitize=thread"],
+}
+if sanitizer := os.environ.get("RESNET_FUSED_SANITIZE"):
+    LINK = SANITIZERS[sanitizer]
+    COMPILE += [*LINK, "-fno-wrapv", "-O1", "-g1"]
+    if sanitizer == "memory":
+        COMPILE += ["-fno-sanitize-recover=undefined"]
 
 cpu = CppExtension(
     "resnet_fused._C_cpu",

@@ -3,7 +3,6 @@
 #include "average_pixels.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <array>
 
@@ -34,7 +33,7 @@ Tensor average_pixels(const Tensor& input) {
   void* to = output.mutable_data_ptr();
   const auto kernel = RESNET_FUSED_CALL(average_pixels_kernel, input.scalar_type());
   const int64_t units = (channels + kAverageChannels - 1) / kAverageChannels;
-  torch::stable::parallel_for(
+  parallel_for(
       0, images * units, grain(height * width * kAverageChannels),
       [&](int64_t begin, int64_t end) { kernel(from, to, channels, height, width, begin, end); });
   return output;

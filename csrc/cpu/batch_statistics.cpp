@@ -1,7 +1,5 @@
 #include "batch_statistics.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <vector>
 
 #include "isa.h"
@@ -53,9 +51,8 @@ BatchStatistics::BatchStatistics(const void* input, const Extent& extent, Scalar
 
 void BatchStatistics::run(int64_t units) {
   const auto kernel = RESNET_FUSED_CALL(partial_statistics_kernel, dtype_);
-  torch::stable::parallel_for(
-      done_, units, grain(chunks_.unit_size()),
-      [&](int64_t begin, int64_t end) { kernel(partial_, chunks_, begin, end); });
+  parallel_for(done_, units, grain(chunks_.unit_size()),
+               [&](int64_t begin, int64_t end) { kernel(partial_, chunks_, begin, end); });
   done_ = units;
 }
 
@@ -66,10 +63,9 @@ void BatchStatistics::advance(int64_t rows) {
 void BatchStatistics::finish(double* mean, double* var) {
   if (chunks_.units() > done_) run(chunks_.units());
   const int64_t partials = chunks_.count * chunks_.extent.channels;
-  torch::stable::parallel_for(0, channels_, grain(2 * partials / channels_),
-                              [&](int64_t begin, int64_t end) {
-                                combine(partial_, chunks_, channels_, begin, end, mean, var);
-                              });
+  parallel_for(0, channels_, grain(2 * partials / channels_), [&](int64_t begin, int64_t end) {
+    combine(partial_, chunks_, channels_, begin, end, mean, var);
+  });
 }
 
 }  // namespace resnet_fused

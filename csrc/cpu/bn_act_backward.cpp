@@ -1,7 +1,5 @@
 #include "bn_act_backward.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <vector>
 
 #include "isa.h"
@@ -26,10 +24,9 @@ void BackwardSums::run(int64_t units) {
   double* const first = storage_.data();
   double* const second = first + storage_.size() / 2;
   const auto kernel = RESNET_FUSED_CALL(backward_sums_kernel, dtype_);
-  torch::stable::parallel_for(done_, units, grain(chunks_.unit_size()),
-                              [&](int64_t begin, int64_t end) {
-                                kernel(arguments_, act_, mask_, chunks_, first, second, begin, end);
-                              });
+  parallel_for(done_, units, grain(chunks_.unit_size()), [&](int64_t begin, int64_t end) {
+    kernel(arguments_, act_, mask_, chunks_, first, second, begin, end);
+  });
   done_ = units;
 }
 
@@ -42,17 +39,15 @@ void BackwardSums::finish(double* sum_grad, double* sum_grad_deviation) {
   const int64_t partials = static_cast<int64_t>(storage_.size() / 2);
   const double* const first = storage_.data();
   const double* const second = first + partials;
-  torch::stable::parallel_for(0, channels_, grain(2 * partials / channels_),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t c = begin; c < end; ++c)
-                                  sum_grad[c] = sum_grad_deviation[c] = 0;
-                                for (int64_t row = 0; row < partials; row += channels_) {
-                                  for (int64_t c = begin; c < end; ++c) {
-                                    sum_grad[c] += first[row + c];
-                                    sum_grad_deviation[c] += second[row + c];
-                                  }
-                                }
-                              });
+  parallel_for(0, channels_, grain(2 * partials / channels_), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) sum_grad[c] = sum_grad_deviation[c] = 0;
+    for (int64_t row = 0; row < partials; row += channels_) {
+      for (int64_t c = begin; c < end; ++c) {
+        sum_grad[c] += first[row + c];
+        sum_grad_deviation[c] += second[row + c];
+      }
+    }
+  });
 }
 
 void bn_act_backward_input(const BnActBackward& arguments, const Extent& extent, ScalarType dtype,
@@ -60,7 +55,7 @@ void bn_act_backward_input(const BnActBackward& arguments, const Extent& extent,
   const auto kernel = RESNET_FUSED_CALL(backward_input_kernel, dtype);
   const int64_t units = extent.inner == 1 ? extent.outer : extent.outer * extent.channels;
   const int64_t unit_size = extent.inner == 1 ? extent.channels : extent.inner;
-  torch::stable::parallel_for(0, units, grain(unit_size), [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, grain(unit_size), [&](int64_t begin, int64_t end) {
     kernel(arguments, act, extent, mean_grad, slope_grad, begin, end);
   });
 }

@@ -19,6 +19,7 @@
 #include <algorithm>
 
 #include "isa.h"
+#include "parallel.h"
 #include "workspace.h"
 
 #define KERNEL_HEADER "direct_conv_kernel.h"
@@ -164,7 +165,7 @@ void pack(const double* weight, int64_t outputs, int64_t channels, const int64_t
   const int64_t words = (channels + kPerWord - 1) / kPerWord;
   const int64_t window = (kernel[1] * channels + kPerWord - 1) / kPerWord;
   const int64_t size = packed_rows(channels, kernel, kPerWord == 2) * kPanel * kPerWord;
-  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % panels * kPanel, group = index / panels;
       Number* const to = packed + index * size;
@@ -220,7 +221,7 @@ void direct_run(const ConvArguments& arguments, const int64_t* input_strides) {
   const Workspace workspace(static_cast<size_t>(along * across * each));
   const DirectKernel kernel = RESNET_FUSED_CALL_BF16(direct_kernel_for, task);
   check(kernel != nullptr, "_packed_convs: packed is bfloat16, which needs AVX512_BF16");
-  torch::stable::parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       float* const own = workspace.data() + worker * each;
       const int64_t piece = worker / across, part = worker % across;

@@ -10,8 +10,6 @@
 
 #include "grouped_conv.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "isa.h"
@@ -50,9 +48,8 @@ void grouped_run(const ConvArguments& conv) {
   const Workspace workspace(static_cast<size_t>(s.channels));
   std::fill_n(workspace.data(), s.channels, 0.0f);
   const GroupedKernel kernel = RESNET_FUSED_CALL_BF16(grouped_kernel_for, conv);
-  torch::stable::parallel_for(
-      0, s.batch * s.out_height, grain(s.out_width * s.out_channels),
-      [&](int64_t begin, int64_t end) { kernel(conv, begin, end, workspace.data()); });
+  parallel_for(0, s.batch * s.out_height, grain(s.out_width * s.out_channels),
+               [&](int64_t begin, int64_t end) { kernel(conv, begin, end, workspace.data()); });
 }
 
 }  // namespace resnet_fused

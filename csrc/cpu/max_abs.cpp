@@ -3,7 +3,6 @@
 #include "max_abs.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 
@@ -42,7 +41,7 @@ double max_abs(const Tensor& input) {
   const void* data = x.const_data_ptr();
   const auto kernel = RESNET_FUSED_CALL(max_bits_kernel, dtype);
   std::atomic<uint64_t> result{0};
-  torch::stable::parallel_for(0, x.numel(), grain(1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, x.numel(), grain(1), [&](int64_t begin, int64_t end) {
     const uint64_t mine = kernel(data, begin, end);
     uint64_t seen = result.load();
     while (seen < mine && !result.compare_exchange_weak(seen, mine)) {

@@ -6,7 +6,6 @@
 #include "max_pool.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -23,7 +22,7 @@ namespace resnet_fused {
 void max_pool(const void* input, void* output, uint8_t* positions, const PoolShape& shape,
               int64_t images, ScalarType dtype) {
   const auto kernel = RESNET_FUSED_CALL(max_pool_kernel, dtype, positions != nullptr);
-  torch::stable::parallel_for(
+  parallel_for(
       0, images * shape.out_height, grain(shape.out_width * shape.channels),
       [&](int64_t begin, int64_t end) { kernel(input, output, positions, shape, begin, end); });
 }
@@ -31,7 +30,7 @@ void max_pool(const void* input, void* output, uint8_t* positions, const PoolSha
 void read_found(const void* input, const uint8_t* positions, void* output, const PoolShape& shape,
                 int64_t images, ScalarType dtype) {
   const auto kernel = RESNET_FUSED_CALL(read_found_kernel, dtype);
-  torch::stable::parallel_for(
+  parallel_for(
       0, images * shape.out_height, grain(shape.out_width * shape.channels),
       [&](int64_t begin, int64_t end) { kernel(input, positions, output, shape, begin, end); });
 }
@@ -39,7 +38,7 @@ void read_found(const void* input, const uint8_t* positions, void* output, const
 void max_unpool(const void* grad, const uint8_t* positions, void* grad_input,
                 const PoolShape& shape, int64_t images, ScalarType dtype) {
   const auto kernel = RESNET_FUSED_CALL(max_unpool_kernel, dtype);
-  torch::stable::parallel_for(
+  parallel_for(
       0, images * shape.height, grain(shape.width * shape.channels),
       [&](int64_t begin, int64_t end) { kernel(grad, positions, grad_input, shape, begin, end); });
 }

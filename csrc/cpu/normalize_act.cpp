@@ -1,7 +1,5 @@
 #include "normalize_act.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "isa.h"
 #include "parallel.h"
 
@@ -15,9 +13,8 @@ void normalize_act(const NormalizeAct& arguments, ScalarType dtype, Activation a
   const Extent& extent = arguments.extent;
   const int64_t units = extent.inner == 1 ? extent.outer : extent.outer * extent.channels;
   const int64_t unit_size = extent.inner == 1 ? extent.channels : extent.inner;
-  torch::stable::parallel_for(0, units, grain(unit_size), [&](int64_t begin, int64_t end) {
-    kernel(arguments, act, begin, end);
-  });
+  parallel_for(0, units, grain(unit_size),
+               [&](int64_t begin, int64_t end) { kernel(arguments, act, begin, end); });
 }
 
 }  // namespace resnet_fused

@@ -1,7 +1,5 @@
 #include "pack_weights.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -10,6 +8,7 @@
 
 #include "direct_conv.h"
 #include "isa.h"
+#include "parallel.h"
 #include "winograd.h"
 
 #define KERNEL_HEADER "pack_weights_kernel.h"
@@ -65,7 +64,7 @@ void pack_weights(Algorithm algorithm, const WeightView& w, int64_t stride, bool
   const int64_t parts = (w.inputs + PackTask::kPackPart - 1) / PackTask::kPackPart;
   const int64_t panel_floats = static_cast<int64_t>(task.sources.size()) * task.words * kPanel;
   const PackKernel kernel = RESNET_FUSED_CALL_BF16(pack_kernel);
-  torch::stable::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(task.scratch())]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / parts, first = i % parts * PackTask::kPackPart;

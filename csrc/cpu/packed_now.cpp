@@ -1,7 +1,5 @@
 #include "packed_now.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -113,21 +111,21 @@ void InputGrad::run(const void* grad, const void* residual, void* grad_input,
 void InputGrad::fill(const Phase& phase, const char* residual, char* output, int64_t images) const {
   const int64_t rows = (shape_.height - phase.y + shape_.stride[0] - 1) / shape_.stride[0];
   const size_t bytes = static_cast<size_t>(shape_.channels * element_);
-  torch::stable::parallel_for(
-      0, images * rows, grain(shape_.width * shape_.channels), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t y = row % rows * shape_.stride[0];
-          const int64_t line = (row / rows * shape_.height + y) * shape_.width;
-          for (int64_t x = 0; phase.x + x < shape_.width; x += shape_.stride[1]) {
-            const int64_t at = (line + x) * shape_.channels * element_;
-            if (residual == nullptr) {
-              std::memset(output + at, 0, bytes);
-            } else {
-              std::memcpy(output + at, residual + at, bytes);
-            }
-          }
-        }
-      });
+  parallel_for(0, images * rows, grain(shape_.width * shape_.channels),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) {
+                   const int64_t y = row % rows * shape_.stride[0];
+                   const int64_t line = (row / rows * shape_.height + y) * shape_.width;
+                   for (int64_t x = 0; phase.x + x < shape_.width; x += shape_.stride[1]) {
+                     const int64_t at = (line + x) * shape_.channels * element_;
+                     if (residual == nullptr) {
+                       std::memset(output + at, 0, bytes);
+                     } else {
+                       std::memcpy(output + at, residual + at, bytes);
+                     }
+                   }
+                 }
+               });
 }
 
 }  // namespace resnet_fused

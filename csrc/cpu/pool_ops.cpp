@@ -1,7 +1,6 @@
 // Operators over memory_pool.h. Internal to this library, so defined here and not in ops/schema.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <vector>
@@ -15,7 +14,7 @@ namespace {
 template <class Body>
 void for_byte_ranges(int64_t bytes, const Body& body) {
   constexpr int64_t kPiece = 128 * 1024;
-  torch::stable::parallel_for(0, (bytes + kPiece - 1) / kPiece, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (bytes + kPiece - 1) / kPiece, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPiece, last = end * kPiece < bytes ? end * kPiece : bytes;
     body(first, static_cast<size_t>(last - first));
   });

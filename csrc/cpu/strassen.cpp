@@ -23,6 +23,7 @@
 #include <algorithm>
 
 #include "isa.h"
+#include "parallel.h"
 #include "workspace.h"
 
 #define KERNEL_HEADER "strassen_kernel.h"
@@ -46,7 +47,7 @@ size_t strassen_packed_floats(int64_t out_channels, int64_t channels) {
 
 void strassen_pack(const double* weight, int64_t out_channels, int64_t channels, float* packed) {
   const int64_t half = channels / 2, columns = out_channels / 2;
-  torch::stable::parallel_for(0, columns / kPanel, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, columns / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t c = 0; c < half; ++c) {
         for (int64_t n = 0; n < kPanel; ++n) {
@@ -81,7 +82,7 @@ void strassen_run(const ConvArguments& conv, const void* weight, const int64_t* 
   const int64_t each = (unit * block + 1023) / 1024 * 1024;
   const Workspace workspace(static_cast<size_t>(along * across * each));
   const StrassenKernel kernel = RESNET_FUSED_CALL(strassen_kernel_for, task);
-  torch::stable::parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, along * across, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       const int64_t piece = worker / across, part = worker % across;
       const int64_t begin = task.panels() * part / across;

@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "isa.h"
+#include "parallel.h"
 
 #define KERNEL_HEADER "weight_grad_kernel.h"
 #include "for_each_isa.h"
@@ -129,7 +130,7 @@ void WeightGrad::add(const void* input, const void* grad, int64_t images, bool i
 void WeightGrad::add_private(int64_t rows) {
   const GradPrepareKernel prepare = RESNET_FUSED_CALL(grad_prepare_kernel, task_);
   const GradMultiplyKernel kernel = RESNET_FUSED_CALL(grad_multiply_kernel);
-  torch::stable::parallel_for(0, workers_, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, workers_, 1, [&](int64_t begin, int64_t end) {
     std::vector<GradMatrix> matrices(static_cast<size_t>(task_.matrices));
     for (int64_t worker = begin; worker < end; ++worker) {
       float* const sums = sums_.data() + worker * units() * unit_floats();
@@ -153,7 +154,7 @@ void WeightGrad::add_private(int64_t rows) {
 
 void WeightGrad::reduce(const WeightView& to) {
   const GradStoreKernel store = RESNET_FUSED_CALL(grad_store_kernel, task_);
-  torch::stable::parallel_for(0, units(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, units(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* const sums = sums_.data() + i * unit_floats();
       for (int64_t worker = 1; worker < workers_; ++worker) {
@@ -179,7 +180,7 @@ void WeightGrad::add_shared(int64_t rows, bool is_last, const WeightView& to) {
     }
     const int64_t prepared =
         (static_cast<int64_t>(blocks.size()) - 1) * block_rows_ + blocks.back().count;
-    torch::stable::parallel_for(0, prepared, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, prepared, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin / block_rows_; i * block_rows_ < end; ++i) {
         const int64_t start = i * block_rows_;
         const WeightGradBlock& block = blocks[static_cast<size_t>(i)];
@@ -196,7 +197,7 @@ void WeightGrad::multiply(const std::vector<WeightGradBlock>& blocks, bool is_la
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), units());
   const GradMultiplyKernel kernel = RESNET_FUSED_CALL(grad_multiply_kernel);
   const GradStoreKernel store = RESNET_FUSED_CALL(grad_store_kernel, task_);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       const int64_t end = units() * (worker + 1) / workers;
       for (int64_t i = units() * worker / workers; i < end; ++i) {

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "parallel.h"
 #include "workspace.h"
 
 #define KERNEL_HEADER "winograd_kernel.h"
@@ -81,7 +82,7 @@ void pack(const double* weight, int64_t outputs, int64_t channels, int64_t group
   constexpr int64_t kPerWord = sizeof(float) / sizeof(Number);
   const int64_t along = g.size(), panels = (outputs + kPanel - 1) / kPanel;
   const int64_t padded = (channels + kPerWord - 1) / kPerWord * kPerWord;
-  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const int64_t group = index / panels, first = index % panels * kPanel;
       Number* const to = packed + index * along * along * padded * kPanel;
@@ -159,7 +160,7 @@ void winograd_run(const ConvArguments& conv, const PlainWeight& plain, int64_t l
   std::fill(zeros, zeros + shape.channels, 0.0f);
   const WinogradKernel kernel = RESNET_FUSED_CALL_BF16(winograd_kernel_for, task);
   check(kernel != nullptr, "_packed_convs: packed is bfloat16, which needs AVX512_BF16");
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
       const int64_t end = units * (worker + 1) / workers;
       for (int64_t unit = units * worker / workers; unit < end; ++unit) {
