@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "../common/check.h"
@@ -89,21 +91,10 @@ class MemoryPool {
     return {data, bytes};
   }
 
+  // Runs in destructors of tensors, and where memory has run out: it needs none.
   void free(Block block) noexcept {
     std::vector<Block> evicted;
-    if (std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-        lock && block.bytes <= limit_) {
-      evicted.reserve(idle_.size());
-      while (idle_bytes_ + block.bytes > limit_) {  // the longest idle first
-        evicted.push_back(idle_.front());
-        idle_bytes_ -= idle_.front().bytes;
-        idle_.erase(idle_.begin());
-      }
-      idle_.push_back(block);
-      idle_bytes_ += block.bytes;
-    } else {
-      evicted.push_back(block);
-    }
+    if (!keep(block, evicted)) system_free(block);
     for (const Block& old : evicted) system_free(old);
   }
 
@@ -122,6 +113,26 @@ class MemoryPool {
   }
 
  private:
+  // Makes a block an idle one, and gives those to free for it, the longest idle first. False if
+  // nothing has changed.
+  bool keep(Block block, std::vector<Block>& evicted) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || block.bytes > limit_) return false;
+    try {
+      evicted.reserve(idle_.size());
+      idle_.push_back(block);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    while (idle_bytes_ + block.bytes > limit_) {
+      evicted.push_back(idle_.front());
+      idle_bytes_ -= idle_.front().bytes;
+      idle_.erase(idle_.begin());
+    }
+    idle_bytes_ += block.bytes;
+    return true;
+  }
+
   // The best fitting idle block, if it wastes at most a half of the request. Latest first: it may
   // still be in cache.
   Block take(size_t bytes) {
@@ -163,6 +174,21 @@ MemoryPool& pool() {
   return *instance;
 }
 
+// A block that goes back to the pool once.
+struct Lease {
+  explicit Lease(size_t bytes) : block(pool().allocate(bytes)) {}
+  ~Lease() { end(); }
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  void end() noexcept {
+    const Block last = std::exchange(block, {nullptr, 0});
+    if (last.data != nullptr) pool().free(last);
+  }
+
+  Block block;
+};
+
 }  // namespace
 
 size_t element_size(ScalarType dtype) {
@@ -189,9 +215,14 @@ Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef str
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   if (bytes < kSmallest) return empty_strided(sizes, strides, dtype);
-  const Block block = pool().allocate(bytes);
-  return torch::stable::from_blob(block.data, sizes, strides, cpu, dtype,
-                                  [block](void*) { pool().free(block); });
+  const auto lease = std::make_shared<Lease>(bytes);
+  try {
+    return torch::stable::from_blob(lease->block.data, sizes, strides, cpu, dtype,
+                                    [lease](void*) { lease->end(); });
+  } catch (...) {  // torch may have called that or lost it
+    lease->end();
+    throw;
+  }
 }
 
 Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType dtype) {
