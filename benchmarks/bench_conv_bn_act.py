@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet_fused import benchmark, cli, conv_choice, packing, parity
+from resnet_fused import benchmark, cli, conv_choice, packing, parity, policy
 from resnet_fused.benchmark import algorithms as tuning
 from resnet_fused.benchmark import measure
 from resnet_fused.graph.observe import conv_inputs
@@ -118,7 +118,7 @@ def model_layers(
             continue
         known.add(problem.key(case.threads))
         progress(done, len(seen), f"timing {name} {layer}")
-        chosen = packing.choose(problem)
+        chosen = packing.choose(problem, policy.current())
         names = tuple(dict.fromkeys((chosen, "onednn")))
         times = tuning.times(problem, conv, case.torch_dtype, names, args.repeats)
         errors = layer_errors(problem, conv, case.torch_dtype, names)

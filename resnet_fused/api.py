@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import checks, packing
+from resnet_fused import checks, packing, policy
 from resnet_fused.backends import gpu_kernels, native_conv, onednn
 from resnet_fused.conv_choice import LIBRARY
 from resnet_fused.graph.analyse import Candidate, analyse
@@ -91,8 +91,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     """
     checks.module("model", model)
     target = model if inplace else copy.deepcopy(model)
-    for module in target.modules():
-        remove(module)
+    remove(target.modules())
     return target
 
 
@@ -204,7 +203,7 @@ def _algorithm(conv: nn.Module, observed: Observed | None) -> str:
     assert isinstance(conv, nn.Conv2d)
     folded = packing.fold_of(conv, None, observed.dtype) if observed.channels_last else None
     problem = None if folded is None else folded.problem(observed.shape)
-    chosen = LIBRARY if problem is None else packing.choose(problem)
+    chosen = LIBRARY if problem is None else packing.choose(problem, policy.current())
     return "library conv + one pass" if chosen == LIBRARY else chosen
 
 

@@ -9,13 +9,14 @@ as in autograd.
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from resnet_fused.process_lock import ProcessLock
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Kept(Generic[T]):
     def __init__(self) -> None:
         # The tensors are kept alive with it, so that no other one can take an identity.
         self._kept: tuple[tuple[object, ...], Sequence[Tensor | None], T] | None = None
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def __reduce__(self) -> tuple[type[Kept[T]], tuple[()]]:
         return type(self), ()
@@ -47,7 +48,7 @@ class Kept(Generic[T]):
         kept = self._kept
         if kept is not None and kept[0] == key:
             return kept[2]
-        with self._lock, torch.no_grad():
+        with self._lock.here(), torch.no_grad():
             kept = self._kept  # another thread may have made it, and launched with it
             if kept is not None and kept[0] == key:
                 return kept[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -14,6 +13,7 @@ from resnet_fused.backends import native, native_conv, onednn
 from resnet_fused.backends.native_conv import NativeConv, Program, Wired
 from resnet_fused.kept import Kept
 from resnet_fused.ops.schema import is_channels_last
+from resnet_fused.process_lock import ProcessLock
 
 _MOST_SHAPES = 8  # input shapes whose choice is remembered for one convolution
 
@@ -73,24 +73,24 @@ class Folded:
     dtype: torch.dtype
     prepared: dict[tuple[object, ...], Prepared | None] = field(default_factory=dict)
     packed: dict[str, Tensor] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: ProcessLock = field(default_factory=ProcessLock)
 
-    def for_shape(self, shape: torch.Size | tuple[int, ...]) -> Prepared | None:
-        """What runs inputs of this shape; None where another path has to take them."""
-        key = shape, policy.current(), torch.get_num_threads()
+    def for_shape(self, shape: torch.Size | tuple[int, ...], precision: str) -> Prepared | None:
+        """What runs inputs of this shape under a policy; None where another path has to."""
+        key = shape, precision, torch.get_num_threads()
         try:
             return self.prepared[key]
         except KeyError:
             pass
-        with self.lock, torch.no_grad():
+        with self.lock.here(), torch.no_grad():
             if len(self.prepared) >= _MOST_SHAPES:
                 self.prepared.clear()
-            self.prepared[key] = self._prepare(shape)
+            self.prepared[key] = self._prepare(shape, precision)
             return self.prepared[key]
 
-    def _prepare(self, shape: tuple[int, ...]) -> Prepared | None:
+    def _prepare(self, shape: tuple[int, ...], precision: str) -> Prepared | None:
         problem = self.problem(shape)
-        algorithm = conv_choice.LIBRARY if problem is None else choose(problem)
+        algorithm = conv_choice.LIBRARY if problem is None else choose(problem, precision)
         if problem is None or algorithm == conv_choice.LIBRARY:
             return None
         return self.prepare(problem, algorithm)
@@ -152,29 +152,29 @@ class Folded:
         )  # fmt: skip
 
 
-def algorithms(problem: conv_choice.ConvProblem) -> tuple[str, ...]:
-    """What may run a problem on this machine under the precision policy in force."""
+def algorithms(problem: conv_choice.ConvProblem, precision: str) -> tuple[str, ...]:
+    """What may run a problem on this machine under a precision policy."""
     own: tuple[str, ...] = ()
     if native_conv.unusable(_dtype(problem)) is None:
-        own = conv_choice.candidates(problem, policy.current())
-    return (*own, "onednn") if _onednn_is_exact(problem) else own
+        own = conv_choice.candidates(problem, precision)
+    return (*own, "onednn") if _onednn_is_exact(problem, precision) else own
 
 
-def choose(problem: conv_choice.ConvProblem) -> str:
+def choose(problem: conv_choice.ConvProblem, precision: str) -> str:
     """The algorithm that runs a problem now: the measured one, or the one expected to be best.
 
     PyTorch's own convolution is :data:`conv_choice.LIBRARY`.
     """
-    admitted = algorithms(problem)
+    admitted = algorithms(problem, precision)
     if len(admitted) < 2:
         return admitted[0] if admitted else conv_choice.LIBRARY
     measured = _measured().get(problem.key(torch.get_num_threads()))
-    return conv_choice.choose(problem, policy.current(), measured, onednn="onednn" in admitted)
+    return conv_choice.choose(problem, precision, measured, onednn="onednn" in admitted)
 
 
-def _onednn_is_exact(problem: conv_choice.ConvProblem) -> bool:
-    """Whether oneDNN errs as little as the precision policy asks for."""
-    return policy.current() != "strict" or not onednn.is_product(
+def _onednn_is_exact(problem: conv_choice.ConvProblem, precision: str) -> bool:
+    """Whether oneDNN errs as little as a precision policy asks for."""
+    return precision != "strict" or not onednn.is_product(
         _dtype(problem), problem.batch, problem.kernel, problem.stride, problem.dilation
     )
 
@@ -266,7 +266,8 @@ class PackedConv(Kept[Folded]):
         """
         if not is_channels_last(input) and not is_channels_last(conv.weight):
             return None
-        prepared = self.folded(conv, bn, input.dtype).for_shape(input.shape)
+        folded = self.folded(conv, bn, input.dtype)
+        prepared = folded.for_shape(input.shape, policy.current())
         if prepared is None or not (
             residual is None
             or (

@@ -108,19 +108,18 @@ def test_strict_leaves_to_blas_what_eager_leaves_to_it() -> None:
     try:
         torch.set_num_threads(1)
         with resnet_fused.precision("strict"):
-            assert packing.choose(products) == LIBRARY
-            assert packing.choose(problem(64, 56, 256, kernel=1, batch=2)) != "onednn"
-            assert packing.choose(replace(products, stride=(2, 2))) == "onednn"
-            assert packing.choose(replace(products, batch=16)) == "onednn"
+            assert packing.choose(products, "strict") == LIBRARY
+            assert packing.choose(problem(64, 56, 256, kernel=1, batch=2), "strict") != "onednn"
+            assert packing.choose(replace(products, stride=(2, 2)), "strict") == "onednn"
+            assert packing.choose(replace(products, batch=16), "strict") == "onednn"
             x = torch.randn(2, 1024, 7, 7).to(memory_format=torch.channels_last)
             weight, vector = torch.randn(256, 1024, 1, 1), torch.rand(256)
             fused = conv_bn_act(x, weight, vector, vector, act="relu")
             by_blas = torch.conv2d(x, weight)
             assert torch.equal(fused, scale_shift_act(by_blas, vector, vector, act="relu"))
-        assert "onednn" in packing.algorithms(products)
+        assert "onednn" in packing.algorithms(products, "default")
         torch.set_num_threads(2)
-        with resnet_fused.precision("strict"):
-            assert packing.choose(products) == "onednn"
+        assert packing.choose(products, "strict") == "onednn"
     finally:
         torch.set_num_threads(threads)
 

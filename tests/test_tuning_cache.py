@@ -139,14 +139,14 @@ def test_a_poisoned_file_is_ignored_with_one_warning(
 ) -> None:
     problem = CONV.problem((2, 64, 28, 28))
     assert problem is not None
-    expected = packing.choose(problem)
+    expected = packing.choose(problem, "default")
     packing.forget_measured()
     monkeypatch.setattr(packing, "machine", lambda: MACHINE)
     (CONTENTS | PLACES)[poison](directory)
     with pytest.warns(UserWarning, match="resnet_fused ignores its measured choices") as caught:
         assert tuning_cache.read(MACHINE) == {}
         assert tuning_cache.read(MACHINE) == {}
-        assert packing.choose(problem) == expected
+        assert packing.choose(problem, "default") == expected
     assert len(caught) == 1
 
 
@@ -199,12 +199,12 @@ def test_hostile_names_do_nothing(directory: Path, monkeypatch: pytest.MonkeyPat
     assert tuning_cache.read(MACHINE) == CHOICES | choices
     problem = CONV.problem((2, 64, 28, 28))
     assert problem is not None
-    expected = packing.choose(problem)
+    expected = packing.choose(problem, "default")
     monkeypatch.setattr(packing, "machine", lambda: MACHINE)
     for name in HOSTILE:
         tuning_cache.update(MACHINE, {problem.key(torch.get_num_threads()): name})
         packing.forget_measured()
-        assert packing.choose(problem) == expected
+        assert packing.choose(problem, "default") == expected
 
 
 def test_what_would_not_be_read_is_not_written(directory: Path) -> None:
@@ -272,16 +272,17 @@ def test_a_measured_choice_is_taken_if_it_can_run(directory: Path, algorithm: st
     conv = models.resnet18().layer1[0].conv1.to(memory_format=torch.channels_last)  # type: ignore[call-overload, union-attr]
     folded = packing.fold_of(conv, None, torch.float32)
     if folded is None or "winograd4" not in packing.algorithms(
-        folded.problem((2, 64, 28, 28))  # type: ignore[arg-type]
+        folded.problem((2, 64, 28, 28)),  # type: ignore[arg-type]
+        "default",
     ):
         pytest.skip("this machine runs its convolutions by oneDNN alone")
     problem = folded.problem((2, 64, 28, 28))
     assert problem is not None
-    assert packing.choose(problem) == "winograd4"
+    assert packing.choose(problem, "default") == "winograd4"
     tuning_cache.update(packing.machine(), {problem.key(torch.get_num_threads()): algorithm})
     packing.forget_measured()
     expected = "winograd4" if algorithm == "winograd9" else algorithm
-    assert packing.choose(problem) == expected
+    assert packing.choose(problem, "default") == expected
 
 
 @pytest.mark.skipif(not native.available, reason=str(native.reason))

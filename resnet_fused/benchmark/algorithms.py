@@ -58,13 +58,13 @@ def tune(
         assert isinstance(conv, nn.Conv2d)
         folded = packing.fold_of(conv, None, seen.dtype) if seen.channels_last else None
         problem = None if folded is None else folded.problem(seen.shape)
-        if problem is not None and packing.algorithms(problem):
+        if problem is not None and packing.algorithms(problem, policy.current()):
             problems.setdefault(problem, []).append((name, conv))
     results = []
     for done, (problem, layers) in enumerate(problems.items()):
         key = problem.key(torch.get_num_threads())
         progress(done, len(problems), f"timing {layers[0][0]}")
-        algorithms = packing.algorithms(problem)
+        algorithms = packing.algorithms(problem, policy.current())
         taken = times(problem, layers[0][1], images.dtype, algorithms, repeats)
         results.append(
             Tuned(

@@ -8,7 +8,7 @@ its class, whose forward runs the plan when it fits the call and the original fo
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,10 +17,12 @@ from torch import nn
 from resnet_fused.graph.marker import FusedModule, original_class
 from resnet_fused.graph.plan import Plan, make_plan
 from resnet_fused.graph.whole import open_children
+from resnet_fused.process_lock import ProcessLock
 
 _PREFIX = "_fused_"
 # Weak, so that a class that somebody makes at run time goes with its last instance.
 _classes: WeakValueDictionary[type[nn.Module], type[nn.Module]] = WeakValueDictionary()
+_changing = ProcessLock()
 
 
 class _Planned(FusedModule, nn.Module):
@@ -42,29 +44,59 @@ class _Planned(FusedModule, nn.Module):
 
 
 def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
-    """Give every module its plan; all of them, or after an exception none."""
-    done: list[nn.Module] = []
-    try:
-        for module, (plan, excluded) in plans.items():
-            done.append(module)  # before it is changed: an exception may come between two lines
-            module.__class__ = _fused_class(type(module))
-            vars(module)["_fused_excluded"] = dict(excluded)
-            vars(module)["_fused_low_memory"] = plan.low_memory
-            _attach(module, plan)
-        for module in done:
-            _attach(module, open_children(module, plans[module][0]))
-    except BaseException:
-        for module in done:
-            remove(module)
-        raise
+    """Give every module its plan; all of them, or after an exception none.
+
+    Those that another thread has fused meanwhile keep what they have.
+    """
+    with _changing.here():
+        new = [module for module in plans if not isinstance(module, FusedModule)]
+        before = _remember(new)
+        try:
+            for module in new:
+                plan, excluded = plans[module]
+                vars(module)["_fused_excluded"] = dict(excluded)
+                vars(module)["_fused_low_memory"] = plan.low_memory
+                _attach(module, plan)
+                module.__class__ = _fused_class(type(module))
+            for module in new:
+                _attach(module, open_children(module, plans[module][0]))
+        except BaseException:
+            _put_back(before)
+            raise
 
 
-def remove(module: nn.Module) -> None:
-    """Give a fused instance its class and forward back."""
-    if isinstance(module, FusedModule):
-        for name in [k for k in vars(module) if k.startswith(_PREFIX)]:
+def remove(modules: Iterable[nn.Module]) -> None:
+    """Give fused instances their classes and forwards back; all, or after an exception none."""
+    with _changing.here():
+        before = _remember([module for module in modules if isinstance(module, FusedModule)])
+        try:
+            for module, *_ in before:
+                for name in _own_names(module):
+                    del vars(module)[name]
+                module.__class__ = original_class(module)
+        except BaseException:
+            _put_back(before)
+            raise
+
+
+_Before = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+
+def _remember(modules: Iterable[nn.Module]) -> _Before:
+    """Modules with their classes and our attributes."""
+    return [(m, type(m), {name: vars(m)[name] for name in _own_names(m)}) for m in modules]
+
+
+def _put_back(before: _Before) -> None:
+    for module, kind, attributes in before:
+        for name in _own_names(module):
             del vars(module)[name]
-        module.__class__ = original_class(module)  # type: ignore[assignment]
+        vars(module).update(attributes)
+        module.__class__ = kind
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    return [name for name in vars(module) if name.startswith(_PREFIX)]
 
 
 def _attach(module: nn.Module, plan: Plan) -> None:
@@ -101,5 +133,6 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
             return run(self, *args, **kwargs)
 
         names = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-        fused = _classes[kind] = type(kind.__name__, (_Planned, kind), names)
+        made = type(kind.__name__, (_Planned, kind), names)
+        fused = _classes.setdefault(kind, made)
     return fused

@@ -8,12 +8,12 @@ branches on data, random numbers drawn in forward, tensors made in forward, attr
 from __future__ import annotations
 
 import builtins
-import contextlib
 import inspect
 import operator
 import random
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fused.graph.marker import original_class
+from resnet_fused.process_lock import ProcessLock
 
 
 class Untraceable(Exception):
@@ -39,22 +40,35 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
     Raises:
         Untraceable: with the reason.
     """
+    for _ in range(_TRIES):
+        dice = _random_states()
+        try:
+            graph = _trace_once(module, training, sequences)
+        except BaseException:
+            _restore_random_states(dice)
+            raise
+        if not _moved(dice):
+            return graph
+    _restore_random_states(dice)
+    raise Untraceable("forward draws random numbers")
+
+
+# The generators are the whole process's, and another thread may draw from them during a trace,
+# which takes a millisecond. A forward that draws does so every time.
+_TRIES = 8
+
+
+def _trace_once(module: nn.Module, training: bool, sequences: bool) -> fx.Graph:
     probe = _shallow_copy(module)
     probe.training = training
     before = _attributes(probe)
-    dice = _random_states()
     try:
-        with _symbols_are_tensors():
-            graph = _Tracer(sequences).trace(probe)
+        graph = _run_on_symbols(probe, sequences)
+    except Untraceable:
+        raise
     except Exception as error:  # a user's forward may raise anything when run on symbols
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, Untraceable):
-            raise
         raise Untraceable(f"forward cannot be traced: {message}") from error
-    finally:
-        rolled = _restore_random_states(dice)
-    if rolled:
-        raise Untraceable("forward draws random numbers")
     written = sorted(k for k, v in _attributes(probe).items() if before.get(k) != v)
     if any(name.startswith("_tensor_constant") for name in written):
         raise Untraceable("forward makes a tensor")
@@ -115,21 +129,28 @@ class _TensorSymbol(_Symbol):
     _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and nn.Buffer ask for
 
 
-_tracing = threading.Lock()
+_tracing = ProcessLock()
 
 
-@contextlib.contextmanager
-def _symbols_are_tensors() -> Iterator[None]:
-    """Let Python's isinstance, and not C code's type checks, take a symbol for a tensor."""
+def _run_on_symbols(probe: nn.Module, sequences: bool) -> fx.Graph:
+    """Trace, with Python's isinstance, and not C code's type checks, taking a symbol for a tensor.
+
+    After an interrupt nothing is left of what is changed for the whole process meanwhile. So that
+    is put back without a call, before which an interrupt might come; and with-blocks that were
+    left without their ends, as torch.fx's may be, are ended with their frames.
+    """
 
     def answer(value: object, kinds: Any) -> bool:
         return ask(value, kinds) or (type(value) is _TensorSymbol and issubclass(Tensor, kinds))
 
-    with _tracing:
+    with _tracing.here():
         ask = builtins.isinstance
-        builtins.isinstance = answer
         try:
-            yield
+            builtins.isinstance = answer
+            return _Tracer(sequences).trace(probe)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
             builtins.isinstance = ask
 
@@ -147,14 +168,37 @@ def _modes() -> tuple[Any, ...]:
 
 
 class _Tracer(fx.Tracer):
+    """torch.fx's, for the thread that made it.
+
+    torch.fx puts its own ``__call__`` and ``__getattr__`` into nn.Module for as long as it traces.
+    Whatever other threads run meanwhile is handed through.
+    """
+
     def __init__(self, sequences: bool) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.sequences = sequences
         self.tensors: set[fx.Node] = set()
         self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not opens(m)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self._is_tensor(node):
@@ -211,10 +255,10 @@ def _random_states() -> tuple[Any, ...]:
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
 
 
-def _restore_random_states(states: tuple[Any, ...]) -> bool:
-    """Put the generators back; say whether any had moved."""
+def _moved(states: tuple[Any, ...]) -> bool:
+    """Whether a generator has moved since."""
     torch_state, python_state, numpy_state = states
-    moved = (
+    return (
         not torch.equal(torch.get_rng_state(), torch_state)
         or random.getstate() != python_state
         or any(
@@ -222,7 +266,10 @@ def _restore_random_states(states: tuple[Any, ...]) -> bool:
             for a, b in zip(numpy.random.get_state(), numpy_state, strict=True)
         )
     )
+
+
+def _restore_random_states(states: tuple[Any, ...]) -> None:
+    torch_state, python_state, numpy_state = states
     torch.set_rng_state(torch_state)
     random.setstate(python_state)
     numpy.random.set_state(numpy_state)
-    return moved

@@ -136,11 +136,15 @@ def update_all_running_statistics(
     if not compiled:
         _update_by_few_launches(running, counters, statistics, factors, momentum)
         return
-    torch.ops.resnet_fused._update_running_statistics.default(
-        running, counters, statistics, factors, momentum
-    )
     changed = [t for t in (*running, *counters) if t is not None]
-    torch.autograd.graph.increment_version(changed)  # compiled operators don't
+    try:
+        torch.ops.resnet_fused._update_running_statistics.default(
+            running, counters, statistics, factors, momentum
+        )
+    finally:
+        # Compiled operators don't. In C, as an interrupt would come before a function of Python's,
+        # and leave a fold that looks fresh.
+        torch._C._increment_version(changed)
 
 
 @torch.no_grad()

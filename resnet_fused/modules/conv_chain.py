@@ -92,7 +92,7 @@ class ConvBlock:
         return prepared
 
     def prepare(
-        self, shape: tuple[int, ...], dtype: torch.dtype, modules: tuple[Any, ...]
+        self, shape: tuple[int, ...], dtype: torch.dtype, modules: tuple[Any, ...], precision: str
     ) -> list[tuple[NativeConv, Wired]] | None:
         """The block as part of a program, or None where its steps have to choose themselves."""
         shapes: list[tuple[int, ...]] = [shape, ()]
@@ -104,7 +104,8 @@ class ConvBlock:
             weight = conv._parameters.get("weight")  # FSDP1 puts a plain tensor in its place
             if weight is None or weight.dtype != dtype:
                 return None
-            packed = step.packed.folded(conv, bn, dtype).for_shape(shapes[wired.input])
+            folded = step.packed.folded(conv, bn, dtype)
+            packed = folded.for_shape(shapes[wired.input], precision)
             if not isinstance(packed, NativeConv):
                 return None
             if wired.residual >= 0 and shapes[wired.residual] != packed.output_shape:
@@ -140,8 +141,9 @@ class ConvChain:
         if self._may_run_at_once(input, modules):
             assert isinstance(input, Tensor)
             options, tensors = self._state(modules)
-            key = (input.shape, input.dtype, policy.current(), options)
-            program = self._program.get(key, tensors, self._make(input, modules))
+            precision = policy.current()
+            key = (input.shape, input.dtype, precision, options)
+            program = self._program.get(key, tensors, self._make(input, modules, precision))
             if program is not None:
                 return program(input)
         elif isinstance(input, Tensor) and support.on_gpu(input):
@@ -212,14 +214,15 @@ class ConvChain:
             data, rest = convs[-1][0].output, rest[block.module_count :]
         return conv_on_gpu.Program(blocks)
 
-    def _make(self, input: Tensor, modules: tuple[Any, ...]) -> Any:
+    def _make(self, input: Tensor, modules: tuple[Any, ...], precision: str) -> Any:
         """What makes the program; None where not all blocks can be in one."""
 
         def make() -> Program | None:
             shape: tuple[int, ...] = input.shape
             prepared, rest = [], modules
             for block in self.blocks:
-                convs = block.prepare(shape, input.dtype, rest[: block.module_count])
+                own = rest[: block.module_count]
+                convs = block.prepare(shape, input.dtype, own, precision)
                 if convs is None:
                     return None
                 prepared.append(convs)

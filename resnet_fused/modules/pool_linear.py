@@ -68,7 +68,8 @@ class PoolLinear:
 
         folded = self._folded.get((pooled.dtype,), (weight, bias), fold)
         key = folded, pooled.shape
-        if self._program is None or self._program[0] != key:
+        known = self._program  # another thread may put its own there
+        if known is None or known[0] != key:
             batch, channels = pooled.shape[:2]
             problem = conv_choice.ConvProblem(
                 batch, channels, (1, 1), weight.shape[0], (1, 1), (1, 1), (0, 0), (1, 1), 1,
@@ -76,5 +77,5 @@ class PoolLinear:
             )  # fmt: skip
             conv = folded.prepare(problem, "direct")
             assert isinstance(conv, NativeConv)
-            self._program = key, program(conv, False, "none", 0.0)
-        return self._program[1]
+            known = self._program = key, program(conv, False, "none", 0.0)
+        return known[1]

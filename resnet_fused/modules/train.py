@@ -60,8 +60,9 @@ class Training:
         (data,) = cast_for_autocast(data.device, data)
         if data is not whole and any(wired.residual == 0 for wired in self.wiring):
             return None  # the residual is added as it was
-        state = _state(data, convs, norms)
-        block = self._made.get(state, (), lambda: self._block(data, convs, norms))
+        precision = policy.current()
+        state = _state(data, convs, norms, precision)
+        block = self._made.get(state, (), lambda: self._block(data, convs, norms, precision))
         if block is None:
             return None
         if isinstance(input, Deferred):
@@ -77,7 +78,11 @@ class Training:
         return output
 
     def _block(
-        self, data: Tensor, convs: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d]
+        self,
+        data: Tensor,
+        convs: Sequence[nn.Conv2d],
+        norms: Sequence[nn.BatchNorm2d],
+        precision: str,
     ) -> TrainBlock | None:
         """What runs; None if anything does not fit the others."""
         if data.dim() != 4 or data.numel() == 0 or data.dtype not in DTYPES:
@@ -118,7 +123,7 @@ class Training:
                 return None
             shapes.append(shape)
             algorithms = train_conv.choose_for(
-                tuple(input), tuple(weight.shape), options[:4], data.dtype
+                tuple(input), tuple(weight.shape), options[:4], data.dtype, precision
             )
             has = (conv.bias is not None, bn.weight is not None, bn.bias is not None)
             steps.append(TrainStep(wired.input, wired.residual, options, group, algorithms, has))
@@ -126,12 +131,12 @@ class Training:
 
 
 def _state(
-    data: Tensor, convs: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d]
+    data: Tensor, convs: Sequence[nn.Conv2d], norms: Sequence[nn.BatchNorm2d], precision: str
 ) -> tuple[object, ...]:
     """Everything that :meth:`Training._block` looks at."""
     kind = data.device.type
     casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    state: list[object] = [casts, policy.current(), *_kind(data)]
+    state: list[object] = [casts, precision, *_kind(data)]
     for conv, bn in zip(convs, norms, strict=True):
         state += _kind(conv._parameters["weight"])
         state += _kind(conv._parameters["bias"])

@@ -18,7 +18,6 @@ from resnet_fused.ops import train_conv
 from resnet_fused.ops.schema import statistics_dtype
 from resnet_fused.ops.train_conv import Conv, Gradient, Normalised
 from resnet_fused.parity import Promise
-from resnet_fused.policy import precision
 
 from .draw import DTYPES, LAYOUTS, Place, shape_text, trained
 from .measure import Case, OperatorCase, Results, Run, Variant
@@ -81,9 +80,7 @@ def evaluation(
         cases: dict[str, list[Case]] = {}
         for layer in layers:
             layer = replace(layer, bf16=dtype == "bfloat16")
-            with precision(policy):
-                algorithms = packing.algorithms(layer)
-            for algorithm in algorithms:
+            for algorithm in packing.algorithms(layer, policy):
                 pairs = algorithm != "onednn" and conv_choice.multiplies_bf16(layer, algorithm)
                 name = f"{algorithm}, pairs" if pairs else algorithm
                 ours = partial(_packed, algorithm, layer)

@@ -190,14 +190,18 @@ def choose(source: Source, conv: Conv) -> TrainingAlgorithms:
         return _ALL_LIBRARY
     if conv.algorithms is not None:
         return conv.algorithms
-    return choose_for(tuple(x.shape), tuple(conv.weight.shape), conv[2:6], x.dtype)
+    return choose_for(
+        tuple(x.shape), tuple(conv.weight.shape), conv[2:6], x.dtype, policy.current()
+    )
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_for(
     size: tuple[int, ...],
     kernel: tuple[int, ...],
     options: tuple[Any, ...],
     dtype: torch.dtype,
+    precision: str,
 ) -> TrainingAlgorithms:
     """The same for CPU data that are channels_last.
 
@@ -205,18 +209,8 @@ def choose_for(
         size: of the data.
         kernel: the weight's shape.
         options: stride, padding, dilation and groups.
+        precision: the policy.
     """
-    return _choose(size, kernel, options, dtype, policy.current())
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    options: tuple[Any, ...],
-    dtype: torch.dtype,
-    precision: str,
-) -> TrainingAlgorithms:
     stride, padding, dilation, groups = options
     weight = torch.empty(kernel, device="meta")
     if native_conv.unusable(dtype) is not None or onednn.is_small(dtype, size, weight, groups):
