@@ -40,22 +40,25 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
     Raises:
         Untraceable: with the reason.
     """
-    for _ in range(_TRIES):
-        dice = _random_states()
+    start, ends = _random_states(), []
+    for _ in range(_MOST_TRIES):
         try:
             graph = _trace_once(module, training, sequences)
+            ends.append(_random_states())
         except BaseException:
-            _restore_random_states(dice)
+            _restore_random_states(start)
             raise
-        if not _moved(dice):
+        if _equal(start, ends[-1]):
             return graph
-    _restore_random_states(dice)
+        _restore_random_states(start)
+        if len(ends) >= _TRIES and all(_equal(ends[-1], end) for end in ends[-_TRIES:]):
+            break
     raise Untraceable("forward draws random numbers")
 
 
 # The generators are the whole process's, and another thread may draw from them during a trace,
-# which takes a millisecond. A forward that draws does so every time.
-_TRIES = 8
+# which takes a millisecond. A forward that draws moves them by as much every time.
+_TRIES, _MOST_TRIES = 6, 64
 
 
 def _trace_once(module: nn.Module, training: bool, sequences: bool) -> fx.Graph:
@@ -255,16 +258,12 @@ def _random_states() -> tuple[Any, ...]:
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
 
 
-def _moved(states: tuple[Any, ...]) -> bool:
-    """Whether a generator has moved since."""
-    torch_state, python_state, numpy_state = states
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether states of the generators are the same."""
     return (
-        not torch.equal(torch.get_rng_state(), torch_state)
-        or random.getstate() != python_state
-        or any(
-            not numpy.array_equal(a, b)
-            for a, b in zip(numpy.random.get_state(), numpy_state, strict=True)
-        )
+        torch.equal(a[0], b[0])
+        and a[1] == b[1]
+        and all(numpy.array_equal(x, y) for x, y in zip(a[2], b[2], strict=True))
     )
 
 
