@@ -13,7 +13,7 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test test-triton fuzz sanitize sanitize-cuda lint format bench gpu clean
+.PHONY: demo test test-triton fuzz sanitize sanitize-threads sanitize-cuda lint format bench gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
@@ -51,9 +51,31 @@ sanitize: $(SANITIZED)/.ready
 			train_pool.py)) \
 		|| { cat $(SANITIZED)/report.*; exit 1; }
 
-$(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*/*.py)
+$(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*.py resnet_fused/*/*.py)
 	RESNET_FUSED_SANITIZE=memory RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
 		--build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	touch $@
+
+# The threaded tests under ThreadSanitizer, with a build of its own. pytest's workers do not hand on
+# their exit status, so it is the reports that are asked for.
+RACES := build/sanitized_threads
+sanitize-threads: $(RACES)/.ready
+	rm -f $(RACES)/report.*
+	PYTHONPATH=$(RACES)/lib OMP_NUM_THREADS=4 MKL_NUM_THREADS=4 \
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	TSAN_OPTIONS="log_path=$(CURDIR)/$(RACES)/report suppressions=$(CURDIR)/tests/thread_sanitizer.supp" \
+		$(BIN)/pytest -q -n auto -p no:cacheprovider -k "not child and not workers" \
+		$(wildcard $(addprefix tests/test_, thread_sanitizer.py threads.py conv_kinds.py head.py \
+			max_pool.py packed_conv_op.py running_statistics.py train_call.py train_conv.py \
+			train_pool.py)) \
+		tests/test_packed_conv.py::test_same_bits_for_any_thread_count \
+		tests/test_packed_conv.py::test_random_cases \
+		&& ! ls $(RACES)/report.* 2>/dev/null \
+		|| { cat $(RACES)/report.*; exit 1; }
+
+$(RACES)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*.py resnet_fused/*/*.py)
+	RESNET_FUSED_SANITIZE=threads RESNET_FUSED_NO_CUDA_BUILD=1 $(BIN)/python setup.py -q build \
+		--build-base $(RACES) --build-lib $(RACES)/lib
 	touch $@
 
 # The CUDA kernels' tests on the CPU (tests/cuda_on_cpu): under AddressSanitizer; with every access to

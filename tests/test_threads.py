@@ -131,10 +131,10 @@ def test_calls_kept_apart_from_load_state_dict(dtype: torch.dtype) -> None:
         for n in range(rounds):
             if i == THREADS:
                 fused.load_state_dict(pair[n % 2])
-            turn.wait(60)
+            turn.wait(300)
             if i < THREADS:
                 outputs.append(infer(fused, inputs[i]))
-            turn.wait(60)
+            turn.wait(300)
         return outputs
 
     for i, outputs in enumerate(together(THREADS + 1, work)[:THREADS]):
@@ -336,7 +336,7 @@ def test_a_forked_child_of_a_busy_parent() -> None:
             infer(model if i == 1 else cold(model), large)
         return True
 
-    together(3, work, seconds=300)
+    together(3, work)
 
 
 def test_a_spawned_child_gets_the_model_by_pickle() -> None:

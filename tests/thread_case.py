@@ -17,7 +17,7 @@ from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 T = TypeVar("T")
 
 
-def together(count: int, work: Callable[[int], T], *, seconds: float = 120.0) -> list[T]:
+def together(count: int, work: Callable[[int], T], *, seconds: float = 600.0) -> list[T]:
     """What `count` threads give that start at once; the first exception of any of them is raised.
 
     Args:

@@ -10,17 +10,17 @@
 
 namespace resnet_fused {
 
-// Units a thread takes at least, so that it has as many elements as at::internal::GRAIN_SIZE.
-inline int64_t grain(int64_t unit_size) {
-  constexpr int64_t kGrainSize = 32768;
-  return unit_size >= kGrainSize ? 1 : (kGrainSize + unit_size - 1) / unit_size;
-}
-
 // body(begin, end) for parts of [begin, end), on torch's threads. An exception of a part's is
 // thrown again here once all have ended.
 #if !defined(__SANITIZE_THREAD__)
 
 using torch::stable::parallel_for;
+
+// Units a thread takes at least, so that it has as many elements as at::internal::GRAIN_SIZE.
+inline int64_t grain(int64_t unit_size) {
+  constexpr int64_t kGrainSize = 32768;
+  return unit_size >= kGrainSize ? 1 : (kGrainSize + unit_size - 1) / unit_size;
+}
 
 #else
 
@@ -47,6 +47,11 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const Body& bo
         part.region.body(first, last);
       },
       &region));
+}
+
+// The smallest work is shared out: races of a large one show in it.
+inline int64_t grain(int64_t) {
+  return 1;
 }
 
 #endif
