@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,26 +87,21 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
         raise ValueError(f"choices: expected names of at most {_MOST_TEXT} characters")
     file = path()
     _make(file.parent)
-    with _locked(file.parent):
-        try:
-            known = _read_all(file)
-        except FileNotFoundError:
-            known = {}
-        except (ValueError, RecursionError) as error:
-            _complain(f"resnet_fused replaces its measured choices: {error}")
-            known = {}
-        text = _text(known, machine, choices)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_FILE, suffix=".new")
-        try:
-            with os.fdopen(handle, "w") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except BaseException:
+    # No with-block: an interrupt before its end would leave the lock to who keeps the exception.
+    lock = None if fcntl is None else os.open(file.parent, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        directory = os.lstat(file.parent) if lock is None else os.fstat(lock)
+        _demand_private(directory, file.parent, stat.S_ISDIR)
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _sweep(file.parent)
+        _add(file, machine, choices)
+    finally:
+        if lock is not None:
+            # Closing alone would leave it locked where another thread has forked meanwhile.
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
     return file
 
 
@@ -116,6 +111,35 @@ def _make(directory: Path) -> None:
     except FileNotFoundError:
         for place in reversed((directory, *directory.parents)):  # parents=True recurses
             place.mkdir(mode=0o700, exist_ok=True)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what writers that were killed have left; nobody else writes."""
+    for left in directory.glob(f"{_FILE}*.new"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _add(file: Path, machine: str, choices: Mapping[str, str]) -> None:
+    try:
+        known = _read_all(file)
+    except FileNotFoundError:
+        known = {}
+    except (ValueError, RecursionError) as error:
+        _complain(f"resnet_fused replaces its measured choices: {error}")
+        known = {}
+    text = _text(known, machine, choices)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_FILE, suffix=".new")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _text(known: dict[str, Choices], machine: str, choices: Mapping[str, str]) -> str:
@@ -171,27 +195,6 @@ def _is_sound(machines: Any) -> bool:
         )
         for machine, choices in machines.items()
     )
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One writer at a time, in a directory that is private."""
-    if fcntl is None:
-        _demand_private(os.lstat(directory), directory, stat.S_ISDIR)
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        _demand_private(os.fstat(handle), directory, stat.S_ISDIR)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in directory.glob(f"{_FILE}*.new"):  # by writers that were killed
-            with contextlib.suppress(OSError):
-                left.unlink()
-        yield
-        # Closing alone would leave it locked where another thread has forked meanwhile.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-    finally:
-        os.close(handle)
 
 
 def _complain(message: str) -> None:
