@@ -32,6 +32,8 @@ _STRICT_LONGEST_SUM = 128  # products of a direct convolution's output
 _MOST_F4_CHANNELS = 1024  # with 2048 the error is 3.9e-6, over the default policy's 3e-6
 _LEAST_STRASSEN_CHANNELS = 1024  # with fewer its sums take what its products save
 _LEAST_STRASSEN_PIXELS = 28  # of an image: with fewer its pairs of tiles are not filled
+_MOST_STEP = 2**15 - 1  # of a kernel, stride, padding or dilation (csrc/cpu/conv.h),
+_MOST_REACH = 256  # and from a kernel's first tap to its last
 _EFFICIENCY = 0.92  # of the peak, of direct convolution: oneDNN's and ours
 _GROUPED_EFFICIENCY = 0.75
 _ONEDNN_CHANNELS = {False: 20, True: 16}  # of a group, below which oneDNN is as much slower; bf16
@@ -93,6 +95,8 @@ class ConvProblem:
 
 def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
     """The library's own algorithms that may run a problem under a precision policy."""
+    if not _has_room(problem):
+        return ()
     channels = problem.channels // problem.groups
     outputs = problem.out_channels // problem.groups
     strict = policy == "strict" and not problem.bf16
@@ -126,6 +130,13 @@ def candidates(problem: ConvProblem, policy: str) -> tuple[str, ...]:
 def _direct_is_admitted(problem: ConvProblem, policy: str) -> bool:
     products = problem.kernel[0] * problem.kernel[1] * problem.channels // problem.groups
     return policy == "default" or problem.bf16 or products <= _STRICT_LONGEST_SUM
+
+
+def _has_room(problem: ConvProblem) -> bool:
+    """Whether the library's kernels take a geometry at all (csrc/cpu/conv.h)."""
+    pairs = (problem.kernel, problem.stride, problem.padding, problem.dilation)
+    reach = (d * (k - 1) for d, k in zip(problem.dilation, problem.kernel, strict=True))
+    return max(map(max, pairs)) <= _MOST_STEP and max(reach) <= _MOST_REACH
 
 
 def _is_grouped(problem: ConvProblem) -> bool:
@@ -240,7 +251,7 @@ def choose_training(problem: ConvProblem, policy: str) -> TrainingAlgorithms:
     The weights are packed in every call, so only what packs quickly takes part; the gradient of
     the input is a convolution with the kernel turned, for stride 1.
     """
-    if problem.groups > 1:
+    if problem.groups > 1 or not _has_room(problem):
         return TrainingAlgorithms(LIBRARY, LIBRARY, LIBRARY)
     # Of bfloat16 data ours multiply in float32, at half the speed; PyTorch's take time for weights.
     height, width = problem.out_size

@@ -29,17 +29,30 @@ def scale_and_shift(
         dtype: of the result. The arithmetic is float64, so the fold itself costs no accuracy.
 
     Raises:
+        TypeError: a vector is not a tensor of real numbers, or `dtype` has no fractions.
         ValueError: the vectors differ in length.
 
     Paper: Jacob et al., *Quantization and Training of Neural Networks* (2018), section 3.2.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating one, got {dtype}")
     for name, vector in (
+        ("mean", mean),
         ("var", var),
         ("weight", weight),
         ("bias", bias),
         ("conv_bias", conv_bias),
     ):
-        if vector is not None and vector.shape != mean.shape:
+        if vector is None and name not in ("mean", "var"):
+            continue
+        if not (
+            isinstance(vector, Tensor)
+            and vector.is_floating_point()
+            and vector.layout == torch.strided
+        ):
+            kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
+            raise TypeError(f"{name}: expected a dense tensor of real numbers, got {kind}")
+        if vector.shape != mean.shape:
             raise ValueError(
                 f"{name}: expected mean's shape {tuple(mean.shape)}, got {tuple(vector.shape)}"
             )

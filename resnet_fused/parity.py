@@ -40,6 +40,7 @@ def relative_error(actual: Tensor, reference: Tensor) -> float:
         rest. Where the reference is all zero the absolute error is returned.
 
     Raises:
+        TypeError: one is not a tensor of real numbers.
         ValueError: the shapes differ.
     """
     found = _finite(actual, reference)
@@ -68,6 +69,10 @@ def root_mean_square_error(actual: Tensor, reference: Tensor) -> float:
 
 def _finite(actual: Tensor, reference: Tensor) -> tuple[Tensor, Tensor] | None:
     """What is finite in float64; None where not the same values are, or the others differ."""
+    for name, value in (("actual", actual), ("reference", reference)):
+        if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a tensor of real numbers, got {kind}")
     if actual.shape != reference.shape:
         raise ValueError(
             f"actual: expected the reference's shape {tuple(reference.shape)}, "

@@ -80,11 +80,15 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
     may hold the oldest are dropped: other machines', then this one's.
 
     Raises:
-        ValueError: a name is longer than what is read again, or there are too many.
+        ValueError: `machine` or `choices` is nothing that :func:`read` would give back, or there
+            are too many; the file stays as it is.
         OSError: the file cannot be written, or its directory is not private.
     """
-    if not _is_sound({machine: dict(choices)}):
-        raise ValueError(f"choices: expected names of at most {_MOST_TEXT} characters")
+    if not _are_choices(machine, choices):
+        raise ValueError(
+            f"choices: expected names of at most {_MOST_TEXT} characters, got {choices!r} "
+            f"of {machine!r}"
+        )
     file = path()
     _make(file.parent)
     # No with-block: an interrupt before its end would leave the lock to who keeps the exception.
@@ -180,21 +184,18 @@ def _demand_private(status: os.stat_result, place: Path, is_kind: Any) -> None:
 
 def _checked(data: Any, file: Path) -> dict[str, Choices]:
     machines: Any = data.get("machines") if isinstance(data, dict) else None
-    if not _is_sound(machines) or data.get("format") != _FORMAT:
+    sound = isinstance(machines, dict) and data.get("format") == _FORMAT
+    if not sound or not all(_are_choices(*entry) for entry in machines.items()):
         raise ValueError(f"{file} is not of the form that this version writes")
     return machines
 
 
-def _is_sound(machines: Any) -> bool:
-    return isinstance(machines, dict) and all(
-        len(machine) <= _MOST_TEXT
-        and isinstance(choices, dict)
-        and all(
-            len(problem) <= _MOST_TEXT and isinstance(name, str) and len(name) <= _MOST_TEXT
-            for problem, name in choices.items()
-        )
-        for machine, choices in machines.items()
-    )
+def _are_choices(machine: object, choices: object) -> bool:
+    """Whether everything is a name that is read again."""
+    if not isinstance(choices, Mapping):
+        return False
+    names = (machine, *choices.keys(), *choices.values())
+    return all(isinstance(name, str) and len(name) <= _MOST_TEXT for name in names)
 
 
 def _complain(message: str) -> None:

@@ -67,8 +67,9 @@ def test_what_is_not_finite_stays() -> None:
     ("change", "message"),
     [
         ({"factors": [1.0]}, "equally many, got 2, 2 and 1"),
-        ({"batch": [torch.zeros(3), torch.zeros(4)]}, "vectors of one size"),
-        ({"batch": [torch.zeros(3), torch.zeros(6)[::2]]}, "dense .* vectors"),
+        ({"batch": [torch.zeros(3), torch.zeros(4)]}, "batch must have the shape of running"),
+        ({"running": [torch.ones(3), torch.ones(6)[::2]]}, "running must be dense"),
+        ({"counters": [torch.tensor([0, 0])]}, "counters must be int64 scalars"),
         ({"batch": [torch.zeros(3), torch.zeros(3).half()]}, "batch must be float32 or float64"),
         ({"running": [torch.zeros(3, dtype=torch.int32)] * 2}, "running must be float32"),
         ({"counters": [torch.tensor(1.0)]}, "counters must be int64"),

@@ -91,9 +91,10 @@ def test_moving_average_of_a_model_in_training() -> None:
     ("change", "message"),
     [
         ({"factors": [1.0]}, "equally many, got 2, 2 and 1"),
-        ({"batch": [torch.zeros(3), torch.zeros(4)]}, "dense CPU vectors of one size"),
-        ({"batch": [torch.zeros(3), torch.zeros(6)[::2]]}, "dense CPU vectors"),
-        ({"batch": [torch.zeros(3), torch.zeros(3).double()]}, "of one size and dtype"),
+        ({"batch": [torch.zeros(3), torch.zeros(4)]}, "batch must be like running"),
+        ({"running": [torch.ones(3), torch.ones(6)[::2]]}, "running must be dense"),
+        ({"batch": [torch.zeros(3), torch.zeros(3).double()]}, "batch must be like running"),
+        ({"counters": [torch.tensor([0, 0])]}, "counters must be int64 scalars"),
         ({"running": [torch.zeros(3).half()] * 2}, "float32 or float64, got float16"),
         ({"counters": [torch.tensor(1.0)]}, "counters must be int64"),
     ],

@@ -1,6 +1,7 @@
 // Argument checks: every message names the operator, the argument, what was expected and what came.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -71,16 +72,34 @@ inline bool same_device(const Tensor&, const Tensor&) {
 }
 #endif
 
+// Whether the storage still holds every number that the strides reach: whoever frees a parameter
+// for a while resizes it and leaves the tensor as it was.
+inline void check_memory(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = tensor.storage_offset(), bytes = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+  const int64_t needed = (last + 1) * static_cast<int64_t>(tensor.element_size());
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  check(needed <= bytes, op, ": ", name, " must have a storage of ", needed,
+        " bytes for its shape and strides, got ", bytes);
+}
+
+inline void check_here(const char* op, const char* name, const Tensor& tensor) {
+  check(is_here(tensor), op, ": ", name, " must be a ", kDeviceName, " tensor");
+  check_memory(op, name, tensor);
+}
+
 inline void check_device(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& input) {
-  check(is_here(tensor), op, ": ", name, " must be a ", kDeviceName, " tensor");
+  check_here(op, name, tensor);
   check(same_device(tensor, input), op, ": ", name, " must be on the device of input, ",
         input.get_device_index(), ", got ", tensor.get_device_index());
 }
 
 // The tensor whose layout the others follow: rank >= 2 with the channels in dimension 1.
 inline void check_data(const char* op, const char* name, const Tensor& tensor) {
-  check(is_here(tensor), op, ": ", name, " must be a ", kDeviceName, " tensor");
+  check_here(op, name, tensor);
   check(tensor.dim() >= 2, op, ": ", name,
         " must have at least 2 dimensions (N, C, ...), got shape ", shape_text(tensor.sizes()));
   const ScalarType dtype = tensor.scalar_type();

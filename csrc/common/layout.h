@@ -25,7 +25,7 @@ struct Extent {
 // Dimensions from the fastest to the slowest.
 inline std::vector<int64_t> memory_order(MemoryFormat format, int64_t rank) {
   std::vector<int64_t> order;
-  const bool channels_last = format != MemoryFormat::Contiguous;
+  const bool channels_last = format != MemoryFormat::Contiguous && rank > 1;
   if (channels_last) order.push_back(1);
   for (int64_t d = rank - 1; d >= 0; --d) {
     if (d != 1 || !channels_last) order.push_back(d);

@@ -25,6 +25,7 @@ Tensor average_pixels(const Tensor& input) {
           (input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::BFloat16),
       op, ": input must be a float32 or bfloat16 CPU tensor with 4 dimensions and not empty, got ",
       dtype_name(input.scalar_type()), " ", shape_text(input.sizes()));
+  check_memory(op, "input", input);
   const Tensor x = dense(input, MemoryFormat::ChannelsLast);
   const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const std::array<int64_t, 4> sizes{images, channels, 1, 1};

@@ -205,6 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_sums(
   check_like(op, "grad_output", grad_output, input);
   if (residual) check_like(op, "residual", *residual, input);
   if (output) check_like(op, "output", *output, input);
+  check(has_residual || !residual, op, ": residual must be None where has_residual is false");
   const Mask mask(op, activation, act, negative_slope, has_residual, residual, output);
   if (is_double(input)) {
     const Vectors<double> vectors(op, input, mean, var, weight, bias, eps);

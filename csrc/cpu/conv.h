@@ -1,6 +1,7 @@
 // A convolution as the CPU kernels see it. Data are [N][H][W][C], channels innermost.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -18,6 +19,32 @@ struct ConvShape {
   int64_t group_channels() const { return channels / groups; }
   int64_t group_out_channels() const { return out_channels / groups; }
 };
+
+// The largest kernel, stride, padding and dilation, and how far apart a kernel's first and last
+// taps may be: direct convolution copies what a row of outputs reads. resnet_fused/conv_choice.py
+// leaves all else to PyTorch.
+constexpr int64_t kMostStep = (int64_t(1) << 15) - 1;
+constexpr int64_t kMostReach = 256;
+
+// One side of a convolution with input, output channels and kernel known; returns its outputs.
+inline int64_t set_side(const char* op, ConvShape& s, int side, int64_t stride, int64_t padding,
+                        int64_t dilation) {
+  const int64_t size = side == 0 ? s.height : s.width, kernel = s.kernel[side];
+  check(stride > 0 && dilation > 0 && padding >= 0, op,
+        ": stride and dilation must be positive and padding not negative, got ", stride, ", ",
+        dilation, " and ", padding);
+  check(std::max({kernel, stride, padding, dilation}) <= kMostStep, op,
+        ": kernel, stride, padding and dilation must be at most ", kMostStep, ", got ",
+        std::max({kernel, stride, padding, dilation}));
+  const int64_t reach = dilation * (kernel - 1);
+  check(reach <= kMostReach, op, ": the kernel must reach at most ", kMostReach, " pixels, got ",
+        reach);
+  s.stride[side] = stride, s.padding[side] = padding, s.dilation[side] = dilation;
+  const int64_t room = size + 2 * padding - reach;
+  check(size > 0 && room >= 1, op, ": input is smaller than the kernel, got ", s.height, " x ",
+        s.width, " pixels");
+  return (room - 1) / stride + 1;
+}
 
 // Data are float32 or bfloat16. Packed weights are 32-bit words: float32, or pairs of bfloat16
 // numbers of consecutive channels, beside bfloat16 data only.

@@ -65,6 +65,7 @@ void check_weight(const char* caller, const Tensor& weight, int64_t groups, Algo
         ": weight must be a CPU tensor with 4 dimensions, got shape ", shape_text(weight.sizes()));
   check(weight.numel() > 0, caller, ": weight must not be empty, got shape ",
         shape_text(weight.sizes()));
+  check_memory(caller, "weight", weight);
   check(groups > 0 && weight.size(0) % groups == 0, caller, ": groups must divide weight's ",
         weight.size(0), " output channels, got ", groups);
   check(fits(weight, groups, algorithm), caller, ": this algorithm takes ", takes(algorithm),
@@ -82,6 +83,7 @@ void check_packs(const char* caller, Algorithm algorithm) {
 }
 
 void check_stride(const char* caller, int64_t y, int64_t x, Algorithm algorithm) {
+  check(y > 0 && x > 0, caller, ": stride must be positive, got ", y, " and ", x);
   const bool any = algorithm == Algorithm::direct || algorithm == Algorithm::strassen;
   check(any || (y == x && (y == 1 || y == 2)), caller,
         ": Winograd and grouped take stride 1 or 2, got ", y, " and ", x);

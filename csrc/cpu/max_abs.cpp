@@ -31,7 +31,7 @@ double value_of(uint64_t bits, ScalarType dtype) {
 }
 
 double max_abs(const Tensor& input) {
-  check(input.is_cpu(), "_max_abs: input must be a CPU tensor");
+  check_here("_max_abs", "input", input);
   const ScalarType dtype = input.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::Double ||
             dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,

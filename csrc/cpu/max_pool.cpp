@@ -48,12 +48,10 @@ namespace {
 Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
-  std::vector<int64_t> window;
-  for (const auto* pair : {&kernel_size, &stride, &padding, &dilation}) {
-    window.insert(window.end(), pair->begin(), pair->end());
-  }
-  const PoolShape shape = pool_shape("_max_pool2d", input, window);
-  check_has_kernel("_max_pool2d", input);
+  constexpr const char* op = "_max_pool2d";
+  const PoolShape shape =
+      pool_shape(op, input, pool_window(op, kernel_size, stride, padding, dilation));
+  check_has_kernel(op, input);
   const Tensor x = dense(input, MemoryFormat::ChannelsLast);
   const int64_t sizes[4] = {input.size(0), shape.channels, shape.out_height, shape.out_width};
   Tensor output = pool_empty({sizes, 4}, MemoryFormat::ChannelsLast, input.scalar_type());

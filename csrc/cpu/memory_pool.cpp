@@ -212,7 +212,10 @@ Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
 Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
                           ScalarType dtype) {
   size_t bytes = element_size(dtype);
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  for (const int64_t size : sizes) {
+    check(size >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes),
+          "memory_pool: cannot allocate a tensor of shape ", shape_text(sizes));
+  }
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   if (bytes < kSmallest) return empty_strided(sizes, strides, dtype);
   const auto lease = std::make_shared<Lease>(bytes);

@@ -79,16 +79,9 @@ ConvShape conv_shape(const Sizes& input, const Tensor& weight, const StepNumbers
   shape.batch = input[0], shape.channels = input[1], shape.height = input[2];
   shape.width = input[3], shape.out_channels = weight.size(0), shape.groups = numbers.groups;
   int64_t out[2];
-  for (int64_t i = 0; i < 2; ++i) {
-    const int64_t stride = numbers.stride[i], dilation = numbers.dilation[i];
-    check(stride > 0 && dilation > 0 && numbers.padding[i] >= 0, op,
-          ": stride and dilation must be positive and padding not negative");
-    shape.kernel[i] = weight.size(2 + i), shape.stride[i] = stride;
-    shape.padding[i] = numbers.padding[i], shape.dilation[i] = dilation;
-    const int64_t room = input[2 + i] + 2 * shape.padding[i] - dilation * (shape.kernel[i] - 1);
-    check(room >= 1, op, ": input is smaller than the kernel, got shape ",
-          shape_text({input.data(), input.size()}));
-    out[i] = (room - 1) / stride + 1;
+  for (int i = 0; i < 2; ++i) {
+    shape.kernel[i] = weight.size(2 + i);
+    out[i] = set_side(op, shape, i, numbers.stride[i], numbers.padding[i], numbers.dilation[i]);
   }
   shape.out_height = out[0], shape.out_width = out[1];
   return shape;
@@ -99,6 +92,7 @@ const float* check_channels(const char* name, const Tensor& tensor, int64_t chan
             tensor.size(0) == channels && is_dense(tensor, MemoryFormat::Contiguous),
         op, ": ", name, " must be contiguous float32 of shape [", channels, "], got ",
         dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
+  check_memory(op, name, tensor);
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -108,6 +102,7 @@ Sizes check_image(const char* name, const Tensor& tensor) {
              tensor.scalar_type() == ScalarType::BFloat16),
         op, ": ", name, " must be a float32 or bfloat16 CPU tensor with 4 dimensions, got ",
         dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
+  check_memory(op, name, tensor);
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
@@ -170,9 +165,11 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
   check_geometry(op, shape, algorithm, block.is_bf16());
   const int64_t size = packed_words(weight, n.groups, algorithm, pairs) * (pairs ? 2 : 1);
   check(packed.is_cpu() && (pairs ? block.is_bf16() : packed.scalar_type() == ScalarType::Float) &&
-            packed.dim() == 1 && packed.size(0) == size,
+            packed.dim() == 1 && packed.size(0) == size &&
+            is_dense(packed, MemoryFormat::Contiguous),
         op, ": packed must be what _pack_conv made of weight for ", algorithm_name, ", got ",
         dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
+  check_memory(op, "packed", packed);
   check(pairs || !block.is_bf16() || algorithm != Algorithm::direct, op,
         ": packed must be bfloat16 for direct beside bfloat16 data");
   const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};

@@ -34,7 +34,7 @@ Tensor pool_zeros(const std::vector<int64_t>& size, ScalarType dtype) {
 }
 
 Tensor pool_clone(const Tensor& input) {
-  check(input.is_cpu(), "_pool_clone: input must be a CPU tensor");
+  check_here("_pool_clone", "input", input);
   const MemoryFormat format = suggested_format(input);
   const bool keeps_strides = has_no_gaps(input);
   const Tensor source = keeps_strides ? input : dense(input, format);

@@ -8,9 +8,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/layout.h"
+#include "../common/overlap.h"
 
 namespace resnet_fused {
 namespace {
@@ -32,25 +35,36 @@ void update_running_statistics(const std::vector<Tensor>& running,
   check(running.size() == batch.size() && running.size() == factors.size(), op,
         ": running, batch and factors must be equally many, got ", running.size(), ", ",
         batch.size(), " and ", factors.size());
+  std::vector<Tensor> from;
+  std::vector<Span> spans;
   for (size_t i = 0; i < running.size(); ++i) {
     const ScalarType dtype = running[i].scalar_type();
     check(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
           ": running must be float32 or float64, got ", dtype_name(dtype));
-    for (const Tensor* t : {&running[i], &batch[i]}) {
-      check(t->is_cpu() && t->is_contiguous() && t->scalar_type() == dtype &&
-                t->numel() == running[i].numel(),
-            op, ": running and batch must be dense CPU vectors of one size and dtype");
-    }
+    check_here(op, "running", running[i]);
+    check_here(op, "batch", batch[i]);
+    check(running[i].is_contiguous(), op, ": running must be dense, got shape ",
+          shape_text(running[i].sizes()));
+    check(batch[i].scalar_type() == dtype && same_shape(batch[i], running[i]), op,
+          ": batch must be like running, ", dtype_name(dtype), " ", shape_text(running[i].sizes()),
+          ", got ", dtype_name(batch[i].scalar_type()), " ", shape_text(batch[i].sizes()));
+    from.push_back(dense(batch[i], MemoryFormat::Contiguous));
+    spans.push_back({running[i], true});
+    spans.push_back({from.back(), false});
   }
   for (const Tensor& counter : counters) {
-    check(counter.is_cpu() && counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op,
-          ": counters must be int64 CPU scalars");
+    check_here(op, "counters", counter);
+    check(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op,
+          ": counters must be int64 scalars, got ", dtype_name(counter.scalar_type()), " ",
+          shape_text(counter.sizes()));
+    spans.push_back({counter, true});
   }
+  check_apart(op, "running, counters and batch", std::move(spans));
   for (size_t i = 0; i < running.size(); ++i) {
     if (running[i].scalar_type() == ScalarType::Double) {
-      update<double>(running[i], batch[i], factors[i], momentum);
+      update<double>(running[i], from[i], factors[i], momentum);
     } else {
-      update<float>(running[i], batch[i], factors[i], momentum);
+      update<float>(running[i], from[i], factors[i], momentum);
     }
   }
   for (const Tensor& counter : counters) {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/overlap.h"
 #include "../common/strings.h"
 #include "channel_vectors.h"
 #include "memory_pool.h"
@@ -38,6 +39,7 @@ void run(const Tensor& x, const void* residual, const Tensor& scale, const Tenso
                 x.scalar_type(), act);
 }
 
+// `output` may be the input.
 void checked_run(const Tensor& input, const Tensor& scale, const Tensor& shift,
                  const std::optional<Tensor>& residual, const std::string& act,
                  double negative_slope, Tensor& output) {
@@ -46,6 +48,9 @@ void checked_run(const Tensor& input, const Tensor& scale, const Tensor& shift,
   const MemoryFormat format = suggested_format(input);
   const Tensor x = dense(input, format);
   const Tensor r = residual ? dense(*residual, format) : x;
+  // Number by number a residual may be the input itself; scale and shift are copied first.
+  if (r.const_data_ptr() != output.const_data_ptr())
+    check_apart(op, "input and residual", {{output, true}, {r, false}});
   const auto body = input.scalar_type() == ScalarType::Double ? &run<double> : &run<float>;
   body(x, residual ? r.const_data_ptr() : nullptr, scale, shift, format, activation, negative_slope,
        output);

@@ -34,6 +34,8 @@ constexpr int64_t kOutside = 2;
 struct Step {
   static constexpr size_t kNumbers = 9;
   enum Bits { bias = 1, norm_weight = 2, norm_bias = 4, mask_output = 8, mask_residual = 16 };
+  static constexpr int64_t masks = mask_output | mask_residual;
+  static constexpr int64_t all_bits = masks | bias | norm_weight | norm_bias;
 
   int64_t input, residual;  // values; -1 for none
   std::vector<int64_t> geometry;
@@ -65,6 +67,8 @@ struct Block {
     for (size_t i = 0; i < count; ++i) {
       const int64_t* const n = numbers.data() + Step::kNumbers * i;
       const int64_t values = kOutside + static_cast<int64_t>(i);
+      check((n[8] & ~Step::all_bits) == 0 && (n[1] >= 0 || (n[8] & Step::masks) == 0), op,
+            ": bits must say what there is, and read a mask beside a residual only, got ", n[8]);
       check(n[0] >= 0 && n[0] != 1 && n[0] < values && n[1] >= -1 && n[1] != 1 && n[1] < values, op,
             ": a convolution reads the input or what is before it, got ", n[0], " and ", n[1]);
       OptionalTensor weight = parameter(true);
@@ -232,6 +236,8 @@ std::vector<Tensor> train_block_backward(
     check(grads[value].has_value(), op, ": nothing reads value ", value);
     Tensor grad = *std::exchange(grads[value], std::nullopt);
     const Tensor& z = *values.outputs[at];
+    check(z.dim() == 4 && z.numel() > 0, op,
+          ": outputs must have 4 dimensions and not be empty, got shape ", shape_text(z.sizes()));
     std::string act = step.act;
     if (step.adds() || !sums[value]) {
       const auto given = [&](Step::Bits bit, int64_t which) {

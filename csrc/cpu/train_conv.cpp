@@ -40,6 +40,7 @@ void check_image(const char* op, const char* name, const Tensor& tensor) {
         op, ": ", name,
         " must be a float32 or bfloat16 CPU tensor with 4 dimensions, not empty, got ",
         dtype_name(tensor.scalar_type()), " ", shape_text(tensor.sizes()));
+  check_memory(op, name, tensor);
 }
 
 ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight,
@@ -49,6 +50,7 @@ ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight,
             weight.scalar_type() == ScalarType::Float,
         op, ": weight must be a float32 CPU tensor with 4 dimensions, got ",
         dtype_name(weight.scalar_type()), " ", shape_text(weight.sizes()));
+  check_memory(op, "weight", weight);
   check(geometry.size() == 6, op, ": geometry must be stride, padding and dilation, got ",
         geometry.size(), " numbers");
   check(input.size(1) == weight.size(1), op, ": input must have ", weight.size(1),
@@ -57,15 +59,9 @@ ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight,
   s.batch = input.size(0), s.channels = input.size(1), s.out_channels = weight.size(0);
   s.height = input.size(2), s.width = input.size(3), s.groups = 1;
   int64_t out[2];
-  for (int64_t i = 0; i < 2; ++i) {
-    s.kernel[i] = weight.size(2 + i), s.stride[i] = geometry[i];
-    s.padding[i] = geometry[2 + i], s.dilation[i] = geometry[4 + i];
-    check(s.stride[i] > 0 && s.padding[i] >= 0 && s.dilation[i] > 0, op,
-          ": stride and dilation must be positive and padding not negative");
-    const int64_t room = input.size(2 + i) + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1);
-    check(room >= 1, op, ": input is smaller than the kernel, got shape ",
-          shape_text(input.sizes()));
-    out[i] = (room - 1) / s.stride[i] + 1;
+  for (int i = 0; i < 2; ++i) {
+    s.kernel[i] = weight.size(2 + i);
+    out[i] = set_side(op, s, i, geometry[i], geometry[2 + i], geometry[4 + i]);
   }
   s.out_height = out[0], s.out_width = out[1];
   return s;
@@ -153,34 +149,26 @@ class OutputGrad {
     const std::vector<int64_t>& window;
   };
 
-  OutputGrad(const char* op, const Arguments& arguments, int64_t most_images)
-      : grad_(dense(arguments.grad, MemoryFormat::ChannelsLast)),
+  OutputGrad(const char* op, const Arguments& arguments, const ConvShape& shape, ScalarType dtype,
+             int64_t most_images)
+      : pool_(checked(op, arguments, shape, dtype)),
+        grad_(dense(arguments.grad, MemoryFormat::ChannelsLast)),
         output_(arguments.output ? dense(*arguments.output, MemoryFormat::ChannelsLast) : grad_),
         norm_(op, "after", arguments.after, arguments.eps, arguments.act, arguments.negative_slope,
-              output_),
+              output_, 2),
         from_(images_of(grad_)),
         images_(images_of(output_)) {
     if (arguments.positions) {
-      check(arguments.positions->numel() == grad_.numel(), op,
-            ": positions must have the shape of grad, got ",
-            shape_text(arguments.positions->sizes()));
       positions_ = dense(*arguments.positions, MemoryFormat::ChannelsLast);
-      pool_ = positions_shape(op, output_, arguments.window);
-    } else {
-      check(same_shape(grad_, output_), op, ": grad must have the shape of output, ",
-            shape_text(output_.sizes()), ", got ", shape_text(grad_.sizes()));
     }
     if (norm_) {
-      check(arguments.after.size() == 6 && arguments.count > 0, op,
-            ": after must end with the gradients of weight and bias, and count be positive");
+      check(arguments.count > 0, op, ": count must be positive, got ", arguments.count);
       const VectorArgument<float> weight(op, "after", arguments.after[4], output_),
           bias(op, "after", arguments.after[5], output_);
       means_.emplace(weight.data(), bias.data(), *norm_.values, arguments.count, images_.extent(1));
     }
     if (norm_ || positions_) computed_ = images_.workspace(most_images);
   }
-
-  const Images& images() const { return images_; }
 
   const void* of(int64_t first, int64_t count) const {
     const ScalarType dtype = output_.scalar_type();
@@ -200,12 +188,37 @@ class OutputGrad {
   }
 
  private:
+  // The tensors fit the convolution; returns the pool's shape, where there is one.
+  static PoolShape checked(const char* op, const Arguments& arguments, const ConvShape& s,
+                           ScalarType dtype) {
+    const Tensor& grad = arguments.grad;
+    const Tensor& output = arguments.output ? *arguments.output : grad;
+    check_image(op, "grad", grad);
+    check_image(op, arguments.output ? "output" : "grad", output);
+    check(grad.scalar_type() == dtype && output.scalar_type() == dtype, op,
+          ": grad and output must have the dtype of input, ", dtype_name(dtype), ", got ",
+          dtype_name(grad.scalar_type()), " and ", dtype_name(output.scalar_type()));
+    const int64_t wanted[4] = {s.batch, s.out_channels, s.out_height, s.out_width};
+    check(std::equal(wanted, wanted + 4, output.sizes().data()), op, ": ",
+          arguments.output ? "output" : "grad",
+          " must have the shape of the convolution's output, ", shape_text({wanted, 4}), ", got ",
+          shape_text(output.sizes()));
+    if (!arguments.positions) {
+      check(same_shape(grad, output), op, ": grad must have the shape of output, ",
+            shape_text(output.sizes()), ", got ", shape_text(grad.sizes()));
+      return {};
+    }
+    const PoolShape pool = positions_shape(op, output, arguments.window);
+    check_pooled(op, grad, *arguments.positions, output, pool);
+    return pool;
+  }
+
+  PoolShape pool_;
   Tensor grad_, output_;
   Norm norm_;
   Images from_, images_;
   std::optional<MeanGradients<float>> means_;
   std::optional<Tensor> positions_;
-  PoolShape pool_{};
   Workspace computed_;
 };
 
@@ -241,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
   const ConvShape shape = conv_shape(op, input, weight, geometry);
   const ScalarType dtype = input.scalar_type();
   const bool is_bf16 = dtype == ScalarType::BFloat16;
+  if (residual) check_like(op, "residual", *residual, input);
   const Tensor x = dense(input, MemoryFormat::ChannelsLast);
   const Tensor r = residual ? dense(*residual, MemoryFormat::ChannelsLast) : x;
   const Norm norm(op, "before", before, before_eps, before_act, before_slope, input);
@@ -248,19 +262,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_conv_backward(
   const int64_t step = images_of_a_pass(shape, from.element);
   const OutputGrad gradient(
       op, {grad, output, after, after_eps, after_act, after_slope, count_behind, positions, window},
-      step);
-  check(gradient.images().channels == shape.out_channels &&
-            gradient.images().pixels == shape.out_height * shape.out_width,
-        op, ": grad must have the shape of the convolution's output, got ",
-        shape_text(grad.sizes()));
+      shape, dtype, step);
 
   const bool needs_input = input_algorithm != "none", needs_weight = weight_algorithm != "none";
   const bool winograd = weight_algorithm == "winograd4";
   if (needs_input) check_input_grad(op, shape);
   if (needs_weight) check_weight_grad(op, shape, weight_algorithm);
-  if (residual) check_like(op, "residual", *residual, input);
-  check(grad.scalar_type() == dtype && (!output || output->scalar_type() == dtype), op,
-        ": grad and output must have the dtype of input, ", dtype_name(dtype));
   const int64_t none = 0;
   Tensor grad_input = needs_input ? pool_empty(x.sizes(), MemoryFormat::ChannelsLast, dtype)
                                   : pool_empty({&none, 1}, MemoryFormat::Contiguous, dtype);

@@ -42,20 +42,20 @@ inline char* at(void* data, const Images& images, int64_t image) {
 }
 
 // A batch norm with the batch's statistics, and the activation behind it; `vectors` are mean, var,
-// weight and bias, of which the last two may be empty, or there is none at all.
+// weight and bias, of which the last two may be empty, and the gradients of the last two where
+// there are to be some; or there is none at all.
 struct Norm {
   std::optional<Normalization<float>> values;
   Activation act = Activation::none;
   double negative_slope = 0;
 
   Norm(const char* op, const char* name, const std::vector<Tensor>& vectors, double eps,
-       const std::string& act_name, double slope, const Tensor& data)
+       const std::string& act_name, double slope, const Tensor& data, size_t gradients = 0)
       : act(parse_activation(op, act_name)), negative_slope(slope) {
     if (vectors.empty()) return;
-    check(vectors.size() >= 4, op, ": ", name,
-          " must be empty or begin with mean, var, weight, "
-          "bias, got ",
-          vectors.size(), " tensors");
+    check(vectors.size() == 4 + gradients, op, ": ", name,
+          " must be empty or mean, var, weight, bias", gradients > 0 ? " and two gradients" : "",
+          ", got ", vectors.size(), " tensors");
     const auto optional = [&](size_t i) {
       return vectors[i].numel() == 0 ? std::optional<Tensor>() : std::optional<Tensor>(vectors[i]);
     };

@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor> train_pool_sums(const Tensor& grad, const Tensor& pos
   const PoolShape shape = positions_shape(op, input, window);
   check_has_kernel(op, input);
   const ScalarType dtype = input.scalar_type();
+  check_pooled(op, grad, positions, input, shape);
   const Tensor z = dense(input, MemoryFormat::ChannelsLast);
   const Tensor g = dense(grad, MemoryFormat::ChannelsLast);
   const Tensor p = dense(positions, MemoryFormat::ChannelsLast);
-  check_pooled(op, g, p, z, shape);
   const Norm norm(op, "vectors", vectors, eps, act, negative_slope, g);
   check(static_cast<bool>(norm), op, ": vectors must be mean, var, weight and bias, got none");
   // A pixel that no window chose adds nothing.

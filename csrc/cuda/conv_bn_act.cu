@@ -94,6 +94,7 @@ Tensor cuda_conv(const Tensor& input, const Tensor& weights, const OptionalTenso
   const ScalarType dtype = input.scalar_type();
   check(is_here(weights) && weights.scalar_type() == dtype && weights.is_contiguous(), op,
         ": weights must be dense, of input's dtype, on ", kDeviceName);
+  check_device(op, "weights", weights, input);
   call.weights = aligned(weights);
   call.scale = conv_vector(op, "scale", scale, call.output);
   call.shift = conv_vector(op, "shift", shift, call.output);

@@ -59,6 +59,7 @@ inline ConvCall conv_call(const char* op, const Tensor& input, int64_t out_chann
                      (dtype == ScalarType::Float && float32);
   check(known, op, ": input must be ", float32 ? "float32, " : "", "float16 or bfloat16, got ",
         dtype_name(dtype));
+  check_memory(op, "input", input);
   check(is_dense(input, MemoryFormat::ChannelsLast) ||
             suggested_format(input) == MemoryFormat::ChannelsLast,
         op, ": input must be channels_last");

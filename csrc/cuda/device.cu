@@ -16,6 +16,8 @@ __global__ void nothing() {}
 // The compute capability, as 90 for 9.0, that this library's code for the device was compiled for;
 // that of its PTX where the driver compiles it.
 int64_t architecture(int64_t device) {
+  check(device >= 0 && device <= INT16_MAX,
+        "_cuda_architecture: device must be a GPU's number, got ", device);
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, nothing);

@@ -123,10 +123,8 @@ Tensor max_pool2d(const Tensor& input, const std::vector<int64_t>& kernel_size,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
   constexpr const char* op = "_max_pool2d";
-  std::vector<int64_t> window;
-  for (const auto* pair : {&kernel_size, &stride, &padding, &dilation})
-    window.insert(window.end(), pair->begin(), pair->end());
-  const PoolShape shape = pool_shape(op, input, window);
+  const PoolShape shape =
+      pool_shape(op, input, pool_window(op, kernel_size, stride, padding, dilation));
   check_sides(op, input, shape);
   Tensor output = empty_output(input, shape, input.scalar_type());
   if (output.numel() == 0) return output;

@@ -131,9 +131,6 @@ inline void check_sides(const char* op, const Tensor& input, const PoolShape& s)
   constexpr int64_t most = int64_t(1) << 29;
   check(std::max(s.height, s.width) <= most, op, ": input has too many pixels in a row, got ",
         s.height, " x ", s.width);
-  for (int i = 0; i < 2; ++i)
-    check(std::max({s.kernel[i], s.stride[i], s.dilation[i]}) <= most, op,
-          ": kernel_size, stride and dilation must be at most 2^29");
 }
 
 inline Extent pixels_of(const Tensor& images) {

@@ -10,6 +10,10 @@
 
 #include "normalize_act.h"
 
+#include <utility>
+#include <vector>
+
+#include "../common/overlap.h"
 #include "activation.cuh"
 #include "channel_pass.cuh"
 #include "norm.cuh"
@@ -115,6 +119,13 @@ void finish_conv(Tensor input, const OptionalTensor& scale, const OptionalTensor
   check(is_dense(input, format), op, ": input must be dense to be overwritten, got shape ",
         shape_text(input.sizes()));
   const OptionalTensor r = residual ? OptionalTensor(dense(*residual, format)) : std::nullopt;
+  std::vector<Span> spans{{input, true}};
+  for (const OptionalTensor& t : {vectors.weight, vectors.bias}) {
+    if (t) spans.push_back({*t, false});
+  }
+  // Number by number a residual may be the input itself.
+  if (r && r->const_data_ptr() != input.const_data_ptr()) spans.push_back({*r, false});
+  check_apart(op, "input and what is read beside it", std::move(spans));
   run(op, input, r, input, format, vectors, activation, negative_slope);
 }
 

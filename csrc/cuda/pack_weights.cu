@@ -119,6 +119,7 @@ void check_arguments(const Tensor& weight, int64_t groups, int64_t columns, bool
         op, ": weight must be float16, bfloat16 or float32, got ", dtype_name(dtype));
   check(weight.numel() > 0, op, ": weight must not be empty, got shape ",
         shape_text(weight.sizes()));
+  check_memory(op, "weight", weight);
   check(columns % kStrip == 0 && columns >= 32 && columns <= 256, op,
         ": columns must be a multiple of 32 from 32 to 256, got ", columns);
   check(groups > 0 && weight.size(0) % groups == 0, op,

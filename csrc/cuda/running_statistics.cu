@@ -8,8 +8,11 @@
 // the kernel's parameters, of which CUDA takes 4096 bytes.
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
+#include "../common/layout.h"
+#include "../common/overlap.h"
 #include "numbers.cuh"
 #include "operator.h"
 
@@ -84,12 +87,17 @@ bool is_statistics_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
 
-void check_arguments(const std::vector<Tensor>& running, const std::vector<Tensor>& counters,
-                     const std::vector<Tensor>& batch, const std::vector<double>& factors) {
+// Returns the batch's vectors without gaps.
+std::vector<Tensor> check_arguments(const std::vector<Tensor>& running,
+                                    const std::vector<Tensor>& counters,
+                                    const std::vector<Tensor>& batch,
+                                    const std::vector<double>& factors) {
   check(running.size() == batch.size() && running.size() == factors.size(), op,
         ": running, batch and factors must be equally many, got ", running.size(), ", ",
         batch.size(), " and ", factors.size());
   const Tensor* const first = running.empty() ? nullptr : &running[0];
+  std::vector<Tensor> dense_batch;
+  std::vector<Span> spans;
   for (size_t i = 0; i < running.size(); ++i) {
     const ScalarType dtype = running[i].scalar_type();
     check(is_statistics_dtype(dtype) || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -98,22 +106,30 @@ void check_arguments(const std::vector<Tensor>& running, const std::vector<Tenso
           ": batch must be float32 or float64, got ", dtype_name(batch[i].scalar_type()));
     check_device(op, "running", running[i], *first);
     check_device(op, "batch", batch[i], *first);
-    check(running[i].is_contiguous() && batch[i].is_contiguous() &&
-              running[i].numel() == batch[i].numel(),
-          op, ": running and batch must be dense ", kDeviceName, " vectors of one size");
+    check(running[i].is_contiguous(), op, ": running must be dense, got shape ",
+          shape_text(running[i].sizes()));
+    check(same_shape(running[i], batch[i]), op, ": batch must have the shape of running, ",
+          shape_text(running[i].sizes()), ", got ", shape_text(batch[i].sizes()));
+    dense_batch.push_back(dense(batch[i], MemoryFormat::Contiguous));
+    spans.push_back({running[i], true});
+    spans.push_back({dense_batch.back(), false});
   }
   for (const Tensor& counter : counters) {
-    check(is_here(counter) && counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op,
-          ": counters must be int64 ", kDeviceName, " scalars");
     check_device(op, "counters", counter, first ? *first : counters[0]);
+    check(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op,
+          ": counters must be int64 scalars, got ", dtype_name(counter.scalar_type()), " ",
+          shape_text(counter.sizes()));
+    spans.push_back({counter, true});
   }
+  check_apart(op, "running, counters and batch", std::move(spans));
+  return dense_batch;
 }
 
 void update_running_statistics(const std::vector<Tensor>& running,
                                const std::vector<Tensor>& counters,
                                const std::vector<Tensor>& batch, const std::vector<double>& factors,
                                double momentum) {
-  check_arguments(running, counters, batch, factors);
+  const std::vector<Tensor> from = check_arguments(running, counters, batch, factors);
   if (running.empty() && counters.empty()) return;
   const OnDeviceOf device(running.empty() ? counters[0] : running[0]);
   const size_t all = std::max(running.size(), counters.size());
@@ -123,11 +139,11 @@ void update_running_statistics(const std::vector<Tensor>& running,
     for (size_t i = begin; i < std::min(running.size(), begin + kMost); ++i) {
       const int v = vectors.count++;
       vectors.running[v] = running[i].mutable_data_ptr();
-      vectors.batch[v] = batch[i].const_data_ptr();
+      vectors.batch[v] = from[i].const_data_ptr();
       vectors.factor[v] = factors[i];
       vectors.length[v] = running[i].numel();
       vectors.dtype[v] = running[i].scalar_type();
-      vectors.is_double[v] = batch[i].scalar_type() == ScalarType::Double;
+      vectors.is_double[v] = from[i].scalar_type() == ScalarType::Double;
       longest = std::max(longest, vectors.length[v]);
     }
     for (size_t i = begin; i < std::min(counters.size(), begin + kMost); ++i)

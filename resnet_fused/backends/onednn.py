@@ -138,7 +138,12 @@ def fold(
         else:
             product = torch.empty_like(weight, dtype=dtype)
             weight = torch.mul(weight, scale.view(-1, 1, 1, 1), out=product)
-        bias = weight.new_zeros(weight.shape[0]) if shift is None else shift.detach().to(dtype)
+        # oneDNN reads it as if it had no gaps.
+        bias = (
+            weight.new_zeros(weight.shape[0])
+            if shift is None
+            else shift.detach().to(dtype).contiguous()
+        )
         gain = torch.linalg.vector_norm(weight, 1, (1, 2, 3), dtype=torch.float32).max().item()
         offset = bias.float().abs().max().item()
     return Folded(
@@ -269,6 +274,10 @@ def conv_bn_act(
     negative_slope: float,
 ) -> Tensor:
     """The operator on a CPU: folds on every call. Modules keep the fold, see packing.py."""
+    if native.available:
+        torch.ops.resnet_fused._check_conv.default(
+            input, weight, scale, shift, residual, stride, padding, dilation, groups
+        )
     fast = is_channels_last(input) or is_channels_last(weight)
     exact = policy.current() == "strict" and is_product(
         input.dtype, input.shape[0], weight.shape[2:], stride, dilation

@@ -45,8 +45,11 @@ class Case:
         if self.dtype not in DTYPES:
             raise BenchmarkError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("batch_size", "image_size", "threads"):
-            if getattr(self, name) < 1:
-                raise BenchmarkError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise BenchmarkError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise BenchmarkError(f"{name} must be at least 1, got {value}")
         check_device(self.device)
         if self.dtype == "tf32" and not self.on_gpu:
             raise BenchmarkError("tf32 is a precision of GPUs; on the CPU use dtype fp32")

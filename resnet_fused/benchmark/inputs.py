@@ -19,8 +19,11 @@ def random_images(batch_size: int, image_size: int, *, seed: int = 0) -> Tensor:
     """Normal noise, float32 ``[batch_size, 3, image_size, image_size]`` on the CPU.
 
     Raises:
+        BenchmarkError: if a size is negative.
         MemoryError: if the machine has not enough memory for it.
     """
+    if min(batch_size, image_size) < 0:
+        raise BenchmarkError(f"sizes must not be negative, got {batch_size} and {image_size}")
     require_memory(batch_size * 3 * image_size**2 * 4)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch_size, 3, image_size, image_size, generator=generator)
@@ -33,8 +36,10 @@ def photographs(batch_size: int, image_size: int) -> Tensor:
         float32 ``[batch_size, 3, image_size, image_size]``; each crop at another place.
 
     Raises:
-        BenchmarkError: if scikit-learn is not installed.
+        BenchmarkError: if scikit-learn is not installed, or a size is less than 1.
     """
+    if min(batch_size, image_size) < 1:
+        raise BenchmarkError(f"sizes must be at least 1, got {batch_size} and {image_size}")
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:

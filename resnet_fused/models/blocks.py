@@ -14,6 +14,23 @@ from torch import Tensor, nn
 ShortcutOption = Literal["A", "B", "C"]
 
 
+def positive(name: str, value: object) -> int:
+    """Demand a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _check_block(
+    in_channels: int, planes: int, stride: int, downsample: object = None, **widths: int
+) -> None:
+    numbers = {"in_channels": in_channels, "planes": planes, "stride": stride, **widths}
+    for name, value in numbers.items():
+        positive(name, value)
+    if downsample is not None and not isinstance(downsample, nn.Module):
+        raise TypeError(f"downsample must be a module or None, got {type(downsample).__name__}")
+
+
 def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A 3x3 convolution without bias that keeps the size at stride 1."""
     return nn.Conv2d(
@@ -34,7 +51,8 @@ class ZeroPadShortcut(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
-        if out_channels < in_channels:
+        positive("stride", stride)
+        if positive("out_channels", out_channels) < positive("in_channels", in_channels):
             raise ValueError(
                 f"out_channels must be at least in_channels ({in_channels}), got {out_channels}"
             )
@@ -80,6 +98,7 @@ class BasicBlock(nn.Module):
         base_width: int = 64,
     ) -> None:
         super().__init__()
+        _check_block(in_channels, planes, stride, downsample)
         if groups != 1 or base_width != 64:
             raise ValueError(
                 f"BasicBlock has groups=1 and base_width=64 only, got {groups} and {base_width}"
@@ -119,6 +138,9 @@ class Bottleneck(nn.Module):
         base_width: int = 64,
     ) -> None:
         super().__init__()
+        _check_block(
+            in_channels, planes, stride, downsample, groups=groups, base_width=base_width
+        )  # fmt: skip
         width = int(planes * (base_width / 64.0)) * groups
         self.conv1 = conv1x1(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -145,6 +167,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, *, stride: int = 1) -> None:
         super().__init__()
+        _check_block(in_channels, planes, stride)
         self.conv1 = conv3x3(in_channels, planes, stride=stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)

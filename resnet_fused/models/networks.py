@@ -18,15 +18,11 @@ from .blocks import (
     conv3x3,
     init_weights,
     make_shortcut,
+    positive,
 )
 
 Block = type[BasicBlock] | type[Bottleneck] | type[PlainBlock]
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+_BLOCKS = (BasicBlock, Bottleneck, PlainBlock)
 
 
 def _stage(
@@ -76,6 +72,7 @@ class ResNet(nn.Module):
         width_per_group: 64 is ResNet, more is Wide ResNet (https://arxiv.org/abs/1605.07146).
 
     Raises:
+        TypeError: for a block of another kind.
         ValueError: for a number that is not a positive integer, or not exactly four stages.
     """
 
@@ -94,9 +91,11 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
     ) -> None:
         super().__init__()
-        _positive("num_classes", num_classes)
-        if len(layers) != 4:
-            raise ValueError(f"layers must have four numbers, one a stage, got {list(layers)}")
+        positive("num_classes", num_classes)
+        if not isinstance(block, type) or not issubclass(block, _BLOCKS):
+            raise TypeError(f"block must be a kind of block of this package, got {block!r}")
+        if not isinstance(layers, Sequence) or len(layers) != 4:
+            raise ValueError(f"layers must have four numbers, one a stage, got {layers!r}")
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -107,7 +106,7 @@ class ResNet(nn.Module):
                 block,
                 channels,
                 64 * 2**i,
-                blocks=_positive("layers", blocks),
+                blocks=positive("layers", blocks),
                 stride=1 if i == 0 else 2,
                 shortcut="B",
                 groups=groups,
@@ -148,8 +147,8 @@ class CifarResNet(nn.Module):
         self, depth: int, *, num_classes: int = 10, shortcut: ShortcutOption | None = "A"
     ) -> None:
         super().__init__()
-        _positive("num_classes", num_classes)
-        if _positive("depth", depth) < 8 or (depth - 2) % 6 != 0:
+        positive("num_classes", num_classes)
+        if positive("depth", depth) < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"depth must be 6 n + 2 with n >= 1 (20, 32, 44, ...), got {depth}")
         if shortcut not in ("A", "B", "C", None):
             raise ValueError(f"shortcut must be 'A', 'B' or 'C', got {shortcut!r}")

@@ -117,6 +117,7 @@ def update_all_running_statistics(
         (compiled or kind == "cuda")
         and momentum is not None
         and len(set(map(id, norms))) == len(norms)
+        and len({id(t) for t in (*running, *counters)}) == len(running) + len(counters)
         and all(c is not None and c.device.type == kind for c in counters)
         and all(
             r is not None

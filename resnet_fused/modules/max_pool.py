@@ -58,9 +58,12 @@ class MaxPool:
 
     @staticmethod
     def inside(shape: Sequence[int], window: Sequence[int]) -> bool:
-        """Whether every window meets the image; eager PyTorch raises for the others."""
+        """Whether every window meets the image, or eager PyTorch raises, and is no larger than the
+        kernels take.
+        """
         return all(
             0 <= 2 * window[4 + i] <= window[i]
+            and max(window) <= max_pool.MOST_STEP
             and shape[2 + i] + 2 * window[4 + i] > window[6 + i] * (window[i] - 1)
             for i in (0, 1)
         )

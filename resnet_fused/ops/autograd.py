@@ -8,6 +8,7 @@ gradient; a second derivative exists where backward is made of differentiable Py
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,24 @@ PIECEWISE_LINEAR = ("none", "relu", "relu6", "leaky_relu")
 _ops = torch.ops.resnet_fused
 _library = torch.library.Library(NAMESPACE, "IMPL")
 
+
+def _of_a_tensor(name: str) -> Callable[..., Any]:
+    """The reference's formula; the dispatcher lets None for the first tensor through."""
+    formula = getattr(reference, name)
+
+    def run(first: Any, *args: Any) -> Any:
+        if not isinstance(first, Tensor):
+            raise TypeError(f"{NAMESPACE}::{name}: expected a tensor first, got {first!r}")
+        return formula(first, *args)
+
+    return run
+
+
 for _name in (
     "conv_bn_act", "scale_shift_act", "bn_act", "bn_act_backward",
     "batch_statistics", "normalize_act", "bn_act_backward_sums", "bn_act_backward_input",
 ):  # fmt: skip
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, _of_a_tensor(_name), "CompositeExplicitAutograd")
 
 
 def cast_for_autocast(device: torch.device, *tensors: Any) -> list[Any]:

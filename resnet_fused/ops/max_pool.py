@@ -20,6 +20,9 @@ _ops = torch.ops.resnet_fused
 MOST_POSITIONS = 255
 """Pixels of a window whose places are kept (csrc/common/pool_shape.h)."""
 
+MOST_STEP = 2**15 - 1
+"""The largest kernel_size, stride and dilation (csrc/common/pool_shape.h)."""
+
 _MOST_PIXELS = 2**30  # of all images; the kernels count an output's in 32 bits
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -35,6 +38,7 @@ def on_gpu(input: Tensor, window: tuple[int, ...]) -> bool:
         and input.dtype in _DTYPES
         and is_channels_last(input)
         and window[0] * window[1] <= MOST_POSITIONS
+        and max(window) <= MOST_STEP
         and input.numel() // input.shape[1] < _MOST_PIXELS
         and native_cuda.unusable(input.get_device()) is None
     )

@@ -10,7 +10,8 @@ This file needs torch and nothing else. Backends only implement what is defined 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,7 +201,30 @@ def is_channels_last(tensor: Tensor) -> bool:
     return c != 0 and images >= y * height != c and y >= x * width and x >= c * channels
 
 
-@torch.library.register_fake(f"{NAMESPACE}::conv_bn_act", lib=_library)
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers what an operator does to shapes, dtypes and strides.
+
+    It is also what runs as soon as one argument is a meta tensor. Data in another place would be
+    left unread then, and an output there unwritten.
+    """
+
+    def register(shapes: Callable[..., Any]) -> None:
+        def on_one_device(*args: Any) -> Any:
+            flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
+            devices = {t.device for t in flat if isinstance(t, Tensor)}
+            if len(devices) > 1:
+                names = " and ".join(sorted(map(str, devices)))
+                raise RuntimeError(
+                    f"{NAMESPACE}::{name}: all tensors must be on one device, got {names}"
+                )
+            return shapes(*args)
+
+        torch.library.register_fake(f"{NAMESPACE}::{name}", on_one_device, lib=_library)
+
+    return register
+
+
+@_fake("conv_bn_act")
 def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, act, slope):
     channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
     return input.new_empty(
@@ -208,17 +232,17 @@ def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, 
     ).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::scale_shift_act", lib=_library)
+@_fake("scale_shift_act")
 def _(input, scale, shift, residual, act, slope):
     return _like(input)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_finish_conv_", lib=_library)
+@_fake("_finish_conv_")
 def _(input, scale, shift, residual, act, slope):
     return None
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_cuda_conv", lib=_library)
+@_fake("_cuda_conv")
 def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
     kernel, stride, padding, dilation = (geometry[i : i + 2] for i in (0, 2, 4, 6))
     like = torch.empty(out_channels, 1, *kernel, device="meta")
@@ -226,7 +250,7 @@ def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
     return input.new_empty(size).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_cuda_pack", lib=_library)
+@_fake("_cuda_pack")
 def _(weight, groups, columns, turned):
     outputs, channels, height, width = weight.shape
     if turned:
@@ -239,7 +263,7 @@ def _(weight, groups, columns, turned):
     return weight.new_empty(-(-outputs // columns), chunks, height * width, 8, columns, piece)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_cuda_train_conv", lib=_library)
+@_fake("_cuda_train_conv")
 def _(input, vectors, eps, act, slope, weight, bias, geometry, groups, algorithm):
     size = conv_output_size(input.shape, weight, *(geometry[i : i + 2] for i in (0, 2, 4)))
     output = input.new_empty(size).contiguous(memory_format=torch.channels_last)
@@ -247,75 +271,75 @@ def _(input, vectors, eps, act, slope, weight, bias, geometry, groups, algorithm
     return output, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_cuda_train_conv_input", lib=_library)
+@_fake("_cuda_train_conv_input")
 def _(grad, z, vectors, eps, act, slope, weight, residual, geometry, algorithm):
     sums = z.new_empty(z.shape[1], dtype=statistics_dtype(z.dtype))
     grad_input = z.new_empty(z.shape).contiguous(memory_format=torch.channels_last)
     return grad_input, sums, torch.empty_like(sums)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bn_act", lib=_library)
+@_fake("bn_act")
 def _(input, residual, weight, bias, eps, act, slope):
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return _like(input), mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward", lib=_library)
+@_fake("bn_act_backward")
 def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
     grad_residual = _like(input) if has_residual else input.new_empty(0)
     return _like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::batch_statistics", lib=_library)
+@_fake("batch_statistics")
 def _(input):
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::normalize_act", lib=_library)
+@_fake("normalize_act")
 def _(input, residual, mean, var, weight, bias, eps, act, slope):
     return _like(input)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward_sums", lib=_library)
+@_fake("bn_act_backward_sums")
 def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
     grad_residual = _like(input) if has_residual else input.new_empty(0)
     return grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::bn_act_backward_input", lib=_library)
+@_fake("bn_act_backward_input")
 def _(grad, input, mean, var, weight, bias, grad_weight, grad_bias, eps, act, slope, count):
     return _like(input)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_max_pool2d", lib=_library)
+@_fake("_max_pool2d")
 def _(input, kernel_size, stride, padding, dilation):
     return _pooled(input, kernel_size, stride, padding, dilation)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_train_pool", lib=_library)
+@_fake("_train_pool")
 def _(input, vectors, eps, act, slope, window):
     output = _pooled(input, *(window[i : i + 2] for i in (0, 2, 4, 6)))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_train_pool_sums", lib=_library)
+@_fake("_train_pool_sums")
 def _(grad, positions, input, vectors, eps, act, slope, window):
     sums = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return sums, torch.empty_like(sums)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_train_pool_input", lib=_library)
+@_fake("_train_pool_input")
 def _(grad, positions, input, vectors, grad_weight, grad_bias, eps, act, slope, window, count):
     return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_max_unpool", lib=_library)
+@_fake("_max_unpool")
 def _(grad, positions, input, window):
     return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_update_running_statistics", lib=_library)
+@_fake("_update_running_statistics")
 def _(running, counters, batch, factors, momentum):
     return None
 
