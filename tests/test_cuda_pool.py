@@ -196,7 +196,7 @@ def test_a_window_has_no_more_pixels_than_a_byte_counts(window: tuple[int, int])
         lambda: operators()._max_unpool(x[:, :, :1, :1], places, x, pool),
         lambda: operators()._train_pool(x, [], 0.0, "none", 0.0, pool),
     ):
-        with pytest.raises(RuntimeError, match="window|kernel_size"):
+        with pytest.raises(RuntimeError, match=r"window|kernel_size"):
             call()
 
 

@@ -70,5 +70,5 @@ def test_a_window_has_no_more_pixels_than_a_byte_counts(window: tuple[int, int])
             torch.zeros(1, 16, 1, 1), places, z, vectors, EPS, "relu", 0.0, pool
         ),
     ):
-        with pytest.raises(RuntimeError, match="window|kernel_size"):
+        with pytest.raises(RuntimeError, match=r"window|kernel_size"):
             call()
