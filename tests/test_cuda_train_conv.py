@@ -282,7 +282,7 @@ def test_bad_arguments() -> None:
         (6, case.weight[:8], "weight must have grad's 64 output channels"),
         (7, case.residual.double(), "residual must have the dtype"),
         (8, [2, 2, 1, 1, 1, 1], "of stride 1"),
-        (8, [1, 1, 3, 3, 1, 1], "less than the dilated kernel"),
+        (8, [1, 1, 3, 3, 1, 1], "padding must be less than the dilated kernel"),
         (9, "pingpong_128x128", "algorithm is unknown"),
     ):
         bad = [*backward]

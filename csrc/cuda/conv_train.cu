@@ -119,11 +119,12 @@ std::tuple<Tensor, Tensor, Tensor> train_conv_input(const Tensor& grad, const Te
   // The kernel turned: what was padded less is padded more.
   std::vector<int64_t> turned{weight.size(2), weight.size(3), 1, 1};
   for (int i = 0; i < 2; ++i) {
-    check(geometry[4 + i] > 0 && geometry[4 + i] < 1 << 15, op,
-          ": dilation must be from 1 to 32767, got ", geometry[4 + i]);
+    check(geometry[4 + i] > 0 && geometry[4 + i] < 1 << 15 && geometry[2 + i] >= 0, op,
+          ": dilation must be from 1 to 32767 and padding not negative, got ", geometry[4 + i],
+          " and ", geometry[2 + i]);
     turned.push_back(geometry[4 + i] * (weight.size(2 + i) - 1) - geometry[2 + i]);
-    check(geometry[2 + i] >= 0 && turned.back() >= 0, op,
-          ": padding must be from 0 to less than the dilated kernel, got ", geometry[2 + i]);
+    check(turned.back() >= 0, op, ": padding must be less than the dilated kernel, got ",
+          geometry[2 + i]);
   }
   turned.insert(turned.end(), geometry.begin() + 4, geometry.end());
   ConvCall call = conv_call(op, grad, weight.size(1), turned, 1);
