@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(HAS_GPU, reason="spoils CPU tensors for the emulator"),
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.timeout(120, method="thread"),  # a kernel does not come back for a signal
+    pytest.mark.timeout(300, method="thread"),  # a kernel does not come back for a signal
 ]
 
 CALLS = {} if HAS_GPU or MISSING is not None else cuda(operators())

@@ -29,7 +29,7 @@ pytestmark = [
     ),
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.timeout(60, method="thread"),  # a kernel does not come back for a signal
+    pytest.mark.timeout(300, method="thread"),  # a kernel does not come back for a signal
 ]
 
 ELSEWHERE = {
