@@ -203,6 +203,21 @@ def conv_read_twice(m: Any, x: Tensor) -> Tensor:
     return m.act(m.bn1(z)) + z + m.bn2(m.conv2(x))
 
 
+def inner_value_read_outside(m: Any, x: Tensor) -> Tensor:
+    # two runs that follow one another, and a product that reads both
+    y = m.act(m.bn1(m.conv1(x)))
+    return m.act(m.bn2(m.conv2(y))) * y
+
+
+def leaky_function(m: Any, x: Tensor) -> Tensor:
+    return F.leaky_relu(inner(m, x) + x, 0.3)
+
+
+def sum_of_two_dtypes(m: Any, x: Tensor) -> Tensor:
+    # eager PyTorch promotes the shortcut
+    return m.act(inner(m, x) + x.bfloat16())
+
+
 def bn_read_twice(m: Any, x: Tensor) -> Tensor:
     z = m.bn1(m.conv1(x))
     return F.relu(z) - z + m.bn2(m.conv2(x))
@@ -623,6 +638,33 @@ class ViewAfterRun(nn.Module):
         return x.view(x.size(0), -1)
 
 
+class StemReadTwice(nn.Module):
+    """A stem whose activation is read beside its pool as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = conv3(3, 8), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.pool(y) + y[:, :, ::2, ::2]
+
+
+class Fork(nn.Module):
+    """Two blocks that read the same value, one behind the other in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = conv3(8), nn.BatchNorm2d(8), nn.ReLU()
+        self.a, self.b = BiasedBlock(8), BiasedBlock(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        left = self.a(y)
+        return left - self.b(y)
+
+
 class SharedRelu(nn.Module):
     """One ReLU instance for two blocks."""
 
@@ -837,6 +879,13 @@ ZOO: dict[str, ZooEntry] = {
     "add_broadcast": written(add_broadcast, fused={"conv1": "conv-bn-relu"}),
     "add_itself": written(add_itself, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn"}),
     "add_two_runs": written(add_two_runs, fused={}),
+    "leaky_function": written(
+        leaky_function, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-add-leaky_relu"}
+    ),
+    "sum_of_two_dtypes": written(sum_of_two_dtypes),
+    "inner_value_read_outside": written(
+        inner_value_read_outside, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}
+    ),
     "sum_read_twice": written(sum_read_twice, fused={"conv1": "conv-bn-relu"}),
     "reversed_order": written(
         reversed_order, fused={"conv1": "conv-bn-relu", "conv2": "conv-bn-relu"}
@@ -892,6 +941,10 @@ ZOO: dict[str, ZooEntry] = {
     },
     "act_tanh": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.Tanh()), "conv-bn"),
     "act_gelu_tanh": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.GELU("tanh")), "conv-bn"),
+    "act_hardtanh": chain(lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.Hardtanh()), "conv-bn"),
+    "act_hardtanh_6": chain(
+        lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.Hardtanh(0.0, 6.0)), "conv-bn-relu6"
+    ),
     "act_leaky_negative": chain(
         lambda: Chain(conv3(8), nn.BatchNorm2d(8), nn.LeakyReLU(-0.1)), "conv-bn"
     ),
@@ -972,6 +1025,10 @@ ZOO: dict[str, ZooEntry] = {
     ),
     "view_after_run": ZooEntry(ViewAfterRun, fused={"features.0": "conv-bn-relu"}),
     "nested": ZooEntry(Nested),
+    "stem_read_twice": ZooEntry(
+        StemReadTwice, inputs=((2, 3, 12, 10),), fused={"conv1": "conv-bn-relu"}
+    ),
+    "fork": ZooEntry(Fork, fused={"conv1": "conv-bn-relu"} | under("a", BASIC) | under("b", BASIC)),
     # sharing, subclasses, hooks, parametrizations
     "shared_relu": ZooEntry(SharedRelu, fused=under("a", BASIC) | under("b", BASIC)),
     "shared_block": ZooEntry(SharedBlock),

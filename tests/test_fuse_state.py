@@ -22,10 +22,12 @@ import torch
 from block_zoo import ZOO, BiasedBlock, SequentialBlock, build, example
 from tolerance import assert_parity, double_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused
-from resnet_fused import FusionError, explain, fuse, kept, unfuse
+from resnet_fused import FusionError, explain, fuse, kept, models, unfuse
+from resnet_fused.backends import native_conv
 
 SHAPES_OF_STATE = [
     "biased_block",
@@ -460,6 +462,61 @@ def test_nothing_is_kept_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) ->
     for model in (fused, plain):
         model[1].conv1[0].weight.data.mul_(2.0)
     assert_same_function(fused, plain, "gathered", picture())
+
+
+def test_nothing_is_kept_of_fake_weights() -> None:
+    """In a dispatch mode what is made of real weights may have no numbers."""
+    norm = block_zoo.randomise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    fused = fuse(norm)
+    assert fused_count(fused) == 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        infer(fused, picture())
+    assert_same_function(fused, norm, "after a fake call", picture())
+
+
+@pytest.mark.skipif(
+    native_conv.unusable(torch.float32) is not None, reason="algorithms are oneDNN's alone"
+)
+@pytest.mark.parametrize("kind", ["a convolution", "a block", "a block in training"])
+def test_another_policy_after_the_first_call_is_seen(kind: str) -> None:
+    block = models.resnet18().layer1[0].to(memory_format=torch.channels_last)
+    plain = nn.Sequential(block.conv1, block.bn1, block.relu) if "conv" in kind else block
+    x = torch.randn(2, 64, 28, 28).to(memory_format=torch.channels_last)
+
+    def run(model: nn.Module) -> Tensor:
+        with torch.set_grad_enabled("training" in kind):
+            output: Tensor = model.train("training" in kind)(x)
+            return output.detach()
+
+    fused = fuse(plain)
+    first = run(fused)
+    with resnet_fused.precision("strict"):
+        second, anew = run(fused), run(fuse(plain))
+    assert torch.equal(second, anew)
+    assert not torch.equal(first, second), "the policies choose different algorithms here"
+
+
+def test_an_input_changed_in_place_is_looked_at_again() -> None:
+    """A bound on it, which lets oneDNN activate, was kept at the first call."""
+    plain, x = build("depthwise"), example("depthwise")[0]
+    x = x.contiguous(memory_format=torch.channels_last)
+    fused = fuse(plain)
+    infer(fused, x)
+    x[0, 1, 4, 3] = float("nan")
+    ours, eager = infer(fused, x), infer(plain, x)
+    assert eager.isnan().any() and torch.equal(ours.isnan(), eager.isnan())
+
+
+def test_a_frozen_norm_alone_learns() -> None:
+    """Statistics and convolutions are fixed: its weight and bias have gradients all the same."""
+    models_ = [fuse(network()), network(), double_model(network())]
+    for model in models_:
+        model.eval().requires_grad_(False)
+        norm = model[1].conv1[1].requires_grad_(True)
+        model(picture().to(norm.weight.dtype)).square().sum().backward()
+    norms = [model[1].conv1[1] for model in models_]
+    assert_parity(*(norm.weight.grad for norm in norms), what="gradient of the weight")
+    assert_parity(*(norm.bias.grad for norm in norms), what="gradient of the bias")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
