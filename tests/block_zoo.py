@@ -250,6 +250,14 @@ def shortcut_changed_after(m: Any, x: Tensor) -> Tensor:
     return y - shortcut
 
 
+def shortcut_changed_in_between(m: Any, x: Tensor) -> Tensor:
+    # after the sum has read it, before the activation ends the run
+    shortcut = x * 1.0
+    y = m.bn2(m.conv2(x)) + shortcut
+    shortcut.mul_(2.0)
+    return m.act(y) - shortcut
+
+
 def shortcut_changed_before(m: Any, x: Tensor) -> Tensor:
     shortcut = x * 1.0
     y = m.bn2(m.conv2(x))
@@ -702,6 +710,18 @@ class SharedBlock(nn.Module):
         return self.block(self.block(x))
 
 
+class ConvOfTwoBlocks(nn.Module):
+    """One convolution in two blocks, each of which calls it once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = BiasedBlock(8), BiasedBlock(8)
+        self.b.conv1 = self.a.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
 class TiedWeights(nn.Module):
     """Two convs, one weight Parameter."""
 
@@ -900,6 +920,7 @@ ZOO: dict[str, ZooEntry] = {
     "in_place_on_the_input": written(in_place_on_the_input, fused={}, trainable=False),
     "in_place_relu_on_the_input": written(in_place_relu_on_the_input, fused={}),
     "shortcut_changed_after": written(shortcut_changed_after, fused={}),
+    "shortcut_changed_in_between": written(shortcut_changed_in_between, fused={}),
     "shortcut_changed_before": written(shortcut_changed_before, fused={}),
     "conv_input_changed_after": written(conv_input_changed_after, fused={}, trainable=False),
     "conv_used_twice": written(
@@ -1037,6 +1058,12 @@ ZOO: dict[str, ZooEntry] = {
         fused={"c.0": "conv-bn-relu"},
         never=("a.0", "b.0"),
         skipped={"a.0": "shared|several|used|tied"},
+    ),
+    "conv_of_two_blocks": ZooEntry(
+        ConvOfTwoBlocks,
+        fused={"a.conv2": "conv-bn-add-relu", "b.conv2": "conv-bn-add-relu"},
+        never=("a.conv1", "b.conv1"),
+        skipped={"a.conv1": "several"},
     ),
     "tied_weights": ZooEntry(
         TiedWeights, never=("a.0", "b.0"), skipped={"a.0": "shares|shared|tied"}

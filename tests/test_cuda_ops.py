@@ -167,6 +167,15 @@ def test_what_is_not_finite(act: str, value: float) -> None:
             assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
+def test_an_infinite_channel_has_an_infinite_mean() -> None:
+    """Nothing is subtracted from itself: eager PyTorch's mean of infinities is one."""
+    x = torch.ones(2, 8, 5, 5, device=DEVICE)
+    x[:, 3], x[:, 4] = float("inf"), float("-inf")
+    mean, var = operators().batch_statistics(x)
+    assert torch.equal(mean, x.mean((0, 2, 3)))
+    assert var.isnan().nonzero().flatten().tolist() == [3, 4]
+
+
 def test_negative_zero_stays() -> None:
     for channels in (1, 8):
         zero = torch.full((1, channels, 2, 2), -0.0, device=DEVICE)
