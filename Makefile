@@ -13,7 +13,8 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test test-triton fuzz sanitize sanitize-threads sanitize-cuda lint format bench gpu clean
+.PHONY: demo test test-triton fuzz mutate sanitize sanitize-threads sanitize-cuda lint format bench \
+	gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
@@ -95,6 +96,10 @@ sanitize-cuda: .venv/.ready
 	RESNET_FUSED_CUDA_MODE=watch $(CUDA_PYTEST)
 	RESNET_FUSED_CUDA_ORDER=reverse $(CUDA_PYTEST)
 	RESNET_FUSED_CUDA_ORDER=random:1 $(CUDA_PYTEST)
+
+# Plants the faults of tests/mutation, one at a time: the tests have to notice.
+mutate: .venv/.ready
+	PYTHONPATH=.:tests $(BIN)/python -m mutation.run --json $(RESULTS)/mutation.json
 
 lint: .venv/.packages
 	$(BIN)/ruff check .
