@@ -310,6 +310,11 @@ def drop_path(m: Any, x: Tensor) -> Tensor:
     return m.act(y + x)
 
 
+def scaled_by_a_draw(m: Any, x: Tensor) -> Tensor:
+    # another number at every call, which a trace would take for a constant
+    return m.act(inner(m, x) * (1.0 + torch.rand(1).item()) + x)
+
+
 def conv_used_twice(m: Any, x: Tensor) -> Tensor:
     y = m.act(m.bn1(m.conv1(x)))
     y = m.act(m.bn1(m.conv1(y)))
@@ -939,6 +944,9 @@ ZOO: dict[str, ZooEntry] = {
     ),
     "dropout_between": written(dropout_between, fused={}),
     "drop_path": written(drop_path, fused={}),
+    "scaled_by_a_draw": written(
+        scaled_by_a_draw, fused={}, never=("conv1", "conv2"), skipped={"conv1": "random"}
+    ),
     "data_dependent": written(
         data_dependent, fused={}, never=("conv1", "conv2"), skipped={"conv1": "."}
     ),

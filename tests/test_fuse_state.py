@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fused
 from resnet_fused import FusionError, explain, fuse, kept, models, unfuse
 from resnet_fused.backends import native_conv
+from resnet_fused.graph import rewrite
 
 SHAPES_OF_STATE = [
     "biased_block",
@@ -233,6 +234,14 @@ def test_duplicates_are_fused_and_independent(
             p.mul_(1.5)
     assert torch.equal(infer(fused, x), before)
     assert_same_function(twin, unfuse(twin), "the changed twin", x)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+def test_duplicates_leave_out_what_was_declined(
+    duplicate: Callable[[nn.Module], nn.Module],
+) -> None:
+    fused = fuse(build("biased_block"), filter_fn=lambda name, module: name == "conv2")
+    assert fused_count(fused) == fused_count(duplicate(fused)) == 1
 
 
 def test_checkpoint_goes_both_ways_with_weights_only() -> None:
@@ -580,6 +589,26 @@ def test_an_exception_leaves_the_model_as_it_was(n: int, error: type[BaseExcepti
     assert fused_count(fuse(model, inplace=True)) == 6
 
 
+@pytest.mark.parametrize("n", range(3))
+def test_an_exception_while_plans_are_applied(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some instances have their new class by then."""
+    model = network().eval()
+    classes = [type(m) for m in model.modules()]
+    attributes = [sorted(vars(m)) for m in model.modules()]
+    calls = iter(range(9))
+
+    def breaks(module: nn.Module, plan: Any) -> Any:
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        return plan
+
+    monkeypatch.setattr(rewrite, "open_children", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        fuse(model, inplace=True)
+    assert [type(m) for m in model.modules()] == classes
+    assert [sorted(vars(m)) for m in model.modules()] == attributes
+
+
 def test_strict_failure_leaves_the_model_as_it_was() -> None:
     model = build("mixed")
     classes = [type(m) for m in model.modules()]
@@ -685,17 +714,19 @@ def test_functional_call(training: bool) -> None:
     assert all(torch.equal(v, own[k]) for k, v in fused.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["biased_block", "pre_activation"])
-def test_gradient_checkpointing(name: str) -> None:
+@pytest.mark.parametrize("names", [["biased_block"], ["pre_activation"], ["biased_block"] * 2])
+def test_gradient_checkpointing(names: list[str]) -> None:
     """The same gradients as eager's under checkpointing, and the statistics of a step without it:
-    eager updates them again when it computes the activations again.
+    eager updates them again when it computes the activations again. (What comes last is not
+    computed to its end, so one block by itself may miss its update for that reason alone.)
     """
-    fused, plain = fuse(build(name)).train(), build(name).train()
+    plain = nn.Sequential(*map(build, names)).train()
+    fused = fuse(plain)
     grads: list[list[Tensor]] = []
     statistics: list[list[Tensor]] = []
     models = [fused, plain, double_model(plain)]
     for model in models:
-        x = example(name)[0].to(next(model.parameters()).dtype).requires_grad_()
+        x = example(names[0])[0].to(next(model.parameters()).dtype).requires_grad_()
         output = checkpoint(model, x * 1.0, use_reentrant=False)
         statistics.append([b.clone() for b in model.buffers()])
         output.pow(2).sum().backward()

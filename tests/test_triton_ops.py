@@ -81,6 +81,20 @@ def test_norm_activations(act: str, layout: str) -> None:
         assert_gradient_parity((tested, plain), args)
 
 
+@pytest.mark.parametrize("act", ACTS)
+def test_norm_of_large_values(act: str) -> None:
+    """Beyond every corner of an activation, relu6's at 6 as well."""
+    x, weight, bias, other = on_device(
+        bn_arguments(SHAPES["odd"], torch.float32, "nhwc", residual=True)
+    )
+    for residual in (None, other):
+        tested, plain = kernels_and_plain(lambda b: bn_function(act, b))
+        args = [x, 8.0 * weight, bias, residual]
+        assert plain(*args)[0].abs().max() >= 6.0
+        assert_function_parity(tested, plain, *args)
+        assert_gradient_parity((tested, plain), args)
+
+
 @EVERY_LAYOUT
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", NORM_DTYPES, ids=str)

@@ -117,7 +117,7 @@ FAULTS = (
         _GRAPH + "trace.py",
         "    if rolled:\n",
         "    if rolled is None:\n",
-        _zoo("drop_path"),
+        _zoo("scaled_by_a_draw"),
         "a random branch frozen",
     ),
     Fault(
@@ -232,7 +232,7 @@ FAULTS = (
             remove(module)
         raise""",
         "        raise",
-        (_STATE + "test_an_exception_leaves_the_model_as_it_was",),
+        (_STATE + "test_an_exception_while_plans_are_applied",),
         "a model changed in part by an exception",
     ),
     Fault(
@@ -240,7 +240,7 @@ FAULTS = (
         _GRAPH + "rewrite.py",
         'return dict(own.get("_fused_excluded", {})), bool(own.get("_fused_low_memory", False))',
         'return {}, bool(own.get("_fused_low_memory", False))',
-        (_STATE + "test_duplicates_are_fused_and_independent",),
+        (_STATE + "test_duplicates_leave_out_what_was_declined",),
         "a copy that fuses what the caller had declined",
     ),
     Fault(
@@ -248,7 +248,7 @@ FAULTS = (
         _GRAPH + "whole.py",
         'attributes = {**attributes, "training": False}',
         "attributes = dict(attributes)",
-        _WHOLE,
+        ("tests/test_whole_network.py::test_a_block_that_behaves_otherwise_in_training",),
         "a part in training run as in evaluation",
     ),
     Fault(
