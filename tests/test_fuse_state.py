@@ -522,7 +522,8 @@ def test_a_frozen_norm_alone_learns() -> None:
     for model in models_:
         model.eval().requires_grad_(False)
         norm = model[1].conv1[1].requires_grad_(True)
-        model(picture().to(norm.weight.dtype)).square().sum().backward()
+        x = picture().to(norm.weight.dtype, memory_format=torch.channels_last)
+        model(x).square().sum().backward()
     norms = [model[1].conv1[1] for model in models_]
     assert_parity(*(norm.weight.grad for norm in norms), what="gradient of the weight")
     assert_parity(*(norm.bias.grad for norm in norms), what="gradient of the bias")
@@ -740,12 +741,15 @@ def test_gradient_checkpointing(names: list[str]) -> None:
         assert_parity(a, b, r, what=key)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_autocast(training: bool) -> None:
-    fused, plain, x = fuse(network()).train(training), network().train(training), picture()
+def test_autocast(training: bool, layout: torch.memory_format) -> None:
+    x = picture().to(memory_format=layout)
+    fused, plain = fuse(network()).train(training), network().train(training)
     reference = double_model(plain)(x.double())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=torch.bfloat16):
         actual, eager = fused(x), plain(x)
+    assert actual.dtype == eager.dtype
     assert_parity(actual, eager, reference, what="under autocast")
     assert [b.dtype for b in fused.buffers()] == [b.dtype for b in plain.buffers()]
     if training:
