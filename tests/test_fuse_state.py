@@ -453,24 +453,29 @@ def swap_out_and_in(model: nn.Module) -> None:
         swap_out_and_in,
     ],
 )
-def test_a_change_after_the_first_call_is_seen(change: Callable[[nn.Module], None]) -> None:
-    fused, plain = fuse(network()), network()
-    first = infer(fused, picture())
-    infer(plain, picture())
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_change_after_the_first_call_is_seen(
+    change: Callable[[nn.Module], None], layout: torch.memory_format
+) -> None:
+    """In channels_last convolutions are folded too, else batch norms by themselves."""
+    fused, plain, x = fuse(network()), network(), picture().to(memory_format=layout)
+    first = infer(fused, x)
+    infer(plain, x)
     change(fused)
     change(plain)
-    assert not torch.equal(infer(fused, picture()), first)
-    assert_same_function(fused, plain, change.__name__, picture())
+    assert not torch.equal(infer(fused, x), first)
+    assert_same_function(fused, plain, change.__name__, x)
 
 
 def test_nothing_is_kept_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 gathers into the same tensor, at the same address and version."""
     fused, plain = fuse(network()), network()
+    x = picture().to(memory_format=torch.channels_last)
     monkeypatch.setattr(kept, "_fully_sharded", lambda: True)
-    infer(fused, picture())
+    infer(fused, x)
     for model in (fused, plain):
         model[1].conv1[0].weight.data.mul_(2.0)
-    assert_same_function(fused, plain, "gathered", picture())
+    assert_same_function(fused, plain, "gathered", x)
 
 
 def test_nothing_is_kept_of_fake_weights() -> None:
