@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conv_case import Case
 from tolerance import assert_within_policy
 from torch import Tensor
 
 import resnet_fused
-from resnet_fused.backends import native
+from resnet_fused import packing
+from resnet_fused.backends import native, native_conv
 from resnet_fused.backends.native_conv import (
     NativeConv,
     Program,
@@ -125,6 +127,24 @@ HOSTILE: dict[str, tuple[str, object]] = {
     "negative block": ("blocks", [2, -1]),
     "blocks of more": ("blocks", [2]),
 }
+
+
+@pytest.mark.skipif(
+    native_conv.unusable(torch.bfloat16) is not None, reason="bfloat16 is oneDNN's alone here"
+)
+@pytest.mark.parametrize("act", ["none", "silu"])
+def test_bfloat16_is_rounded_once(act: str) -> None:
+    """257 is no number of bfloat16, but 257 - 256 is."""
+    weight = torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16)
+    weight[:, :3, 0, 0] = torch.tensor([128.0, 128.0, 1.0], dtype=torch.bfloat16)
+    folded = packing.Folded(weight, None, None, [1, 1], [0, 0], [1, 1], 1, torch.bfloat16)
+    x = torch.ones(2, 64, 14, 14, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    problem = folded.problem(x.shape)
+    assert problem is not None
+    prepared = folded.prepare(problem, "direct")
+    y = packing.run(prepared, x, torch.full_like(x, -256.0), act, 0.0)
+    one = torch.ones_like(y)
+    assert torch.equal(y, one if act == "none" else F.silu(one))
 
 
 @pytest.mark.parametrize("what", HOSTILE)

@@ -267,6 +267,16 @@ def test_tensor_descriptors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
             assert_function_parity(tested, plain, x, weight, scale, shift)
 
 
+def test_conv_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2049 is no number of float16, but 2049 - 2048 is."""
+    x = torch.ones(1, 3, 4, 4, dtype=torch.float16)
+    weight = torch.tensor([1024.0, 1024.0, 1.0], dtype=torch.float16).expand(8, 3)[..., None, None]
+    x, weight, residual = on_device([x, weight, torch.full((1, 8, 4, 4), -2048.0).half()])
+    with chosen(monkeypatch, SMALL):
+        y = functional.conv_bn_act(x, weight, residual=residual, backend="triton")
+    assert torch.equal(y, torch.ones_like(y))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_conv_keeps_what_is_not_finite(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     args = on_device(conv_arguments("3x3", torch.float32, "nhwc", False))

@@ -13,7 +13,7 @@ import torch
 from cache_case import CHOICES, FILE, MACHINE, directory, good, write
 
 from resnet_fused import fuse, models, packing, tuning_cache
-from resnet_fused.backends import native
+from resnet_fused.backends import native, native_conv
 
 __all__ = ["directory"]  # a fixture
 
@@ -115,6 +115,11 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "a directory": lambda d: (d / FILE).mkdir(),
     "a file that others may write": lambda d: write(d, json.dumps(good())).chmod(0o666),
     "a directory that others may write": lambda d: (write(d, json.dumps(good())), d.chmod(0o777)),
+    "a file that the group may write": lambda d: write(d, json.dumps(good())).chmod(0o620),
+    "a directory that the group may write": lambda d: (
+        write(d, json.dumps(good())),
+        d.chmod(0o730),
+    ),
     "a directory that is a link": directory_as_link,
     "a directory that is a file": directory_as_file,
     "a directory below a file": below_a_file,
@@ -240,6 +245,21 @@ def test_a_foreign_owner_is_ignored(directory: Path, monkeypatch: pytest.MonkeyP
         assert tuning_cache.read(MACHINE) == {}
     with pytest.raises(PermissionError, match="belongs to another user"):
         tuning_cache.update(MACHINE, CHOICES)
+
+
+def test_choices_hold_for_one_processor_instruction_set_and_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "available", True)
+    names = set()
+    for processor, isa, version in (
+        ("a", "avx2", "2.0"), ("b", "avx2", "2.0"), ("a", "avx512", "2.0"), ("a", "avx2", "2.1"),
+    ):  # fmt: skip
+        monkeypatch.setattr(native_conv, "processor", lambda name=processor: name)
+        monkeypatch.setattr(native, "isa", lambda name=isa: name)
+        monkeypatch.setattr(torch, "__version__", version)
+        names.add(packing.machine())
+    assert len(names) == 4
 
 
 def test_a_relative_directory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ FAULTS = (
         _PACKAGE + "packing.py",
         "key = (prepared, residual is None)",
         "key = (None, residual is None)",
-        _STALE,
+        _POLICY,
         "a program of weights that were folded before",
     ),
     Fault(

@@ -127,7 +127,7 @@ FAULTS = (
         """    if p_residual is not None:
         acc = acc.to(p_y.dtype.element_ty).to(tl.float32)
         acc += tl.load""",
-        (*_CONV, _OPS + "test_conv_activations"),
+        (_OPS + "test_conv_is_rounded_once",),
         "rounding before the sum instead of after",
     ),
     Fault(
@@ -211,10 +211,7 @@ FAULTS = (
         _TRITON + "configs.py",
         "        and problem.groups == 1\n",
         "",
-        (
-            "tests/test_gpu_choice.py::test_what_cannot_be_is_not_admitted",
-            _OPS + "test_tensor_descriptors",
-        ),
+        ("tests/test_gpu_choice.py::test_what_cannot_be_is_not_admitted",),
         "a kernel admitted for what it cannot run",
     ),
     Fault(
