@@ -121,7 +121,9 @@ def test_what_cannot_be_is_not_admitted() -> None:
     assert {n for n in names("inference", **one) if "tma" in n}
     assert not {n for n in names("inference", arch=80, **one) if "tma" in n}
     assert not {n for n in names("inference", channels=63, **one) if "tma" in n}
-    assert not {n for n in names("inference", groups=2, **one) if "tma" in n}
+    wide = {**one, "channels": 256, "out_channels": 256}
+    assert {n for n in names("inference", **wide) if "tma" in n}
+    assert not {n for n in names("inference", groups=2, **wide) if "tma" in n}
     narrow = names("inference", out_channels=16) & set(BY_NAME)
     assert narrow and all(BY_NAME[n].block_n <= 32 for n in narrow)
 

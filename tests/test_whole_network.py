@@ -256,6 +256,16 @@ def test_inputs_of_changing_shape_dtype_and_layout() -> None:
     assert_parity(infer(fused, x), infer(plain, x), reference, what="bfloat16")
 
 
+def test_autocast_is_obeyed() -> None:
+    plain, x = network(), picture()
+    fused, reference = fuse(plain), infer(double_model(plain), x.double())
+    infer(fused, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = infer(fused, x), infer(plain, x)
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    assert_parity(ours, eager, reference, what="under autocast")
+
+
 def test_gradients_when_they_are_asked_for() -> None:
     plain, x = network(), picture()
     fused = fuse(plain)

@@ -125,7 +125,8 @@ def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
         return (
             node.target in _FRESH_FUNCTIONS
             and not node.kwargs.get("inplace", False)
-            and (True not in node.args)
+            # Among an activation's arguments 1 asks for it as well; in arithmetic it is a number.
+            and (node.target not in _FUNCTIONS or True not in node.args)
         )
     return node.op == "call_method" and node.target in ("add", "relu", "mul", "clone")
 

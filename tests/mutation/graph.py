@@ -386,7 +386,7 @@ FAULTS = (
         _MODULES + "conv_chain.py",
         '            or torch.is_autocast_enabled("cpu")\n',
         "",
-        (_STATE + "test_autocast",),
+        ("tests/test_whole_network.py::test_autocast_is_obeyed",),
         "float32 where autocast wants bfloat16",
     ),
     Fault(
