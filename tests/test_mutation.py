@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mutation.catalogue import AREAS
 from mutation.fault import Fault
-from mutation.run import ROOT, Result, explained, files_of, passes, select, summary
+from mutation.run import ROOT, Result, explained, files_of, passes, select, summary, write
 from mutation.scratch import Scratch
 
 FAULTS = {fault.name: fault for area in AREAS.values() for fault in area.faults}
@@ -128,6 +128,21 @@ def test_a_copy_follows_its_origin(scratch: Scratch, tmp_path: Path) -> None:
     assert (place / "build/object.o").exists() and (place / "library.so").exists()
 
 
+def test_results_of_other_faults_stay(tmp_path: Path) -> None:
+    def result(name: str, outcome: str) -> Result:
+        return Result(name, "triton", "", "", outcome, "", 0, None)
+
+    first, second, *_ = (fault.name for fault in AREAS["triton"].faults)
+    file = tmp_path / "mutation.json"
+    write(file, [result(second, "caught"), result("of an older catalogue", "caught")])
+    write(file, [result(first, "survived")])
+    data = json.loads(file.read_text())
+    assert [row["name"] for row in data["faults"]] == [first, second]
+    assert data["score"]["total"] == {"faults": 2, "caught": 1}
+    write(file, [result(first, "crashed")])
+    assert json.loads(file.read_text())["score"]["triton"] == {"faults": 2, "caught": 2}
+
+
 def test_files_are_those_of_the_checkout() -> None:
     files = files_of(ROOT)
     assert "tests/test_mutation.py" in files and "setup.py" in files
@@ -143,8 +158,8 @@ def test_selection() -> None:
 
 def test_what_passes() -> None:
     def results(*outcomes: str) -> list[Result]:
-        caught = [Result(f"caught {i}", "cpu", "", "", "caught", "", 0) for i in range(38)]
-        others = [Result(f"it {i}", "cuda", "", "", o, "", 0) for i, o in enumerate(outcomes)]
+        caught = [Result(f"caught {i}", "cpu", "", "", "caught", "", 0, None) for i in range(38)]
+        others = [Result(f"it {i}", "cuda", "", "", o, "", 0, None) for i, o in enumerate(outcomes)]
         return caught + others
 
     assert passes(results("crashed", "hung"), [])

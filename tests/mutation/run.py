@@ -12,6 +12,7 @@ Exit status 0 if at least 95 % are caught and README.md explains each of the oth
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mutation.catalogue import AREAS, Area
 from mutation.fault import Fault
 from mutation.scratch import CAUGHT, Outcome, Scratch
+
+from resnet_fused import benchmark, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SCORE = 0.95
@@ -46,6 +48,7 @@ class Result:
     outcome: str
     by: str
     seconds: float  # building and testing
+    commit: str | None  # that it was found at
 
     @property
     def is_caught(self) -> bool:
@@ -79,7 +82,7 @@ def run_area(name: str, area: Area, faults: Sequence[Fault]) -> list[Result]:
     if clean.kind != "survived":
         raise NotClean(f"{name}: without a fault {clean.kind}: {clean.by}")
     print(f"{name}: clean, {clean.seconds:.0f} s", flush=True)
-    results = []
+    results, commit = [], benchmark.environment()["commit"]
     # Files in a row, so that restoring one and planting the next is one build.
     for fault in sorted(faults, key=lambda f: f.file):
         started = time.monotonic()
@@ -90,7 +93,7 @@ def run_area(name: str, area: Area, faults: Sequence[Fault]) -> list[Result]:
             outcome = scratch.test(fault.tests, 60 + clean.seconds)
         took = round(time.monotonic() - started, 1)
         found = Result(
-            fault.name, name, fault.file, fault.why, outcome.kind, outcome.by, took
+            fault.name, name, fault.file, fault.why, outcome.kind, outcome.by, took, commit
         )  # fmt: skip
         results.append(found)
         print(f"{found.outcome:10} {name:6} {fault.name} ({took:.0f} s) {found.by}", flush=True)
@@ -138,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--area", choices=AREAS)
     parser.add_argument("--list", action="store_true", help="print the faults and end")
     parser.add_argument("--jobs", type=int, default=2, help="areas at a time")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results as JSON; other faults' stay"
+    )
     args = parser.parse_args(argv)
     chosen = select(args.names, args.area)
     known = {f.name for faults in chosen.values() for f in faults}
@@ -149,7 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for fault in faults:
                 print(f"{area:6} {fault.name}: {fault.why} ({fault.file})")
         return 0
-    started = time.monotonic()
     with ThreadPoolExecutor(args.jobs) as pool:
         running = [pool.submit(run_area, area, AREAS[area], f) for area, f in chosen.items()]
         try:
@@ -158,26 +162,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             pool.shutdown(cancel_futures=True)
             print(error, file=sys.stderr)
             return 1
-    counts = summary(results)
-    for area, count in counts.items():
+    for area, count in summary(results).items():
         share = count["caught"] / count["faults"]
         print(f"{area:6} {count['caught']} of {count['faults']} caught, {share:.1%}")
-    write(args.json, results, counts, time.monotonic() - started)
+    if args.json is not None:
+        write(Path(args.json), results)
     readme = Path(__file__).with_name("README.md").read_text()
     return 0 if passes(results, explained(readme)) else 1
 
 
-def write(
-    path: str | None, results: Sequence[Result], counts: dict[str, Any], seconds: float
-) -> None:
-    """Results with what they were measured on."""
-    if path is None:
-        return
-    from resnet_fused import benchmark, cli
-
+def write(path: Path, results: Sequence[Result]) -> None:
+    """Put results in a file, in the place of older ones of the same faults; the others stay."""
+    rows = json.loads(path.read_text())["faults"] if path.exists() else []
+    known = {row["name"]: Result(**row) for row in rows} | {r.name: r for r in results}
+    names = [fault.name for area in AREAS.values() for fault in area.faults]
+    merged = [known[name] for name in names if name in known]
     about = {"environment": benchmark.environment(), "command": "make mutate"}
-    rows = [asdict(result) for result in results]
-    cli.write_json(path, {**about, "seconds": round(seconds), "score": counts, "faults": rows})
+    table = {"score": summary(merged), "faults": [asdict(result) for result in merged]}
+    cli.write_json(str(path), {**about, **table})
 
 
 if __name__ == "__main__":
