@@ -2,7 +2,7 @@
 
 What a kind must lead to is the same for every operator. REFUSED: an exception. READ: an unusual
 view of the same numbers, whose result is that of a plain copy. EITHER: an exception or that result,
-as the operator likes.
+as the operator likes. Over 400 lines, as the kinds are one table with what makes them beside it.
 """
 
 from __future__ import annotations
@@ -412,56 +412,3 @@ def all_spoilt(good: dict[str, Any]) -> Iterator[Spoilt]:
         for i, element in enumerate(value if isinstance(value, list) else []):
             table = table_of(element)
             yield from (Spoilt(argument, i, table, kind) for kind in TABLES[table])
-
-
-# ---- what is compared ----------------------------------------------------------------------------
-
-
-def strided(value: Any) -> list[Tensor]:
-    """The tensors in an argument that have memory of their own to look at."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [
-        t for t in values
-        if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested
-        and t.device.type == "cpu"
-    ]  # fmt: skip
-
-
-def memory_of(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """A copy of the bytes behind every tensor, those too that it does not show."""
-
-    def all_bytes(t: Tensor) -> Tensor:
-        return torch.empty(0, dtype=torch.uint8).set_(t.detach().untyped_storage()).clone()
-
-    return {name: [all_bytes(t) for t in strided(value)] for name, value in arguments.items()}
-
-
-def plain_copy(arguments: dict[str, Any], good: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fresh tensors that lie like those of the good call.
-
-    Raises:
-        NotApplicable: there is no such tensor.
-    """
-    made: dict[int, Tensor] = {}
-
-    def copy(value: Any, like: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            likes = like if isinstance(like, list) else []
-            return [copy(v, likes[i] if i < len(likes) else None) for i, v in enumerate(value)]
-        if isinstance(value, bytes):
-            return value.decode()
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in made:
-            needs(value.layout != torch._mkldnn and not value.is_quantized)
-            dense = value.detach() if value.layout == torch.strided else value.to_dense()
-            plain = dense.resolve_conj().resolve_neg()
-            last = (
-                isinstance(like, Tensor) and like.dim() == plain.dim() == 4
-                and like.is_contiguous(memory_format=torch.channels_last)
-            )  # fmt: skip
-            order = torch.channels_last if last else torch.contiguous_format
-            made[id(value)] = plain.clone(memory_format=order)
-        return made[id(value)]
-
-    return {name: copy(value, good[name]) for name, value in arguments.items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from hostile import READ, REFUSED, NotApplicable, Spoilt, memory_of, plain_copy
+from hostile import READ, REFUSED, NotApplicable, Spoilt, needs
 from hostile_calls import PLAIN, Arguments
 from tolerance import assert_parity, assert_within_policy, flatten, to_double
 from torch import Tensor
@@ -26,6 +26,56 @@ DENSE = {
 """Arguments that are only read and still have to be dense, or channels_last: copying them would
 cost what the operator is there to save, and its callers have them so."""
 MOST_NUMBERS = 1 << 23  # of a result that is looked at
+
+
+def strided(value: Any) -> list[Tensor]:
+    """The tensors in an argument that have memory of their own to look at."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [
+        t for t in values
+        if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested
+        and t.device.type == "cpu"
+    ]  # fmt: skip
+
+
+def memory_of(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """A copy of the bytes behind every tensor, those too that it does not show."""
+
+    def all_bytes(t: Tensor) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8).set_(t.detach().untyped_storage()).clone()
+
+    return {name: [all_bytes(t) for t in strided(value)] for name, value in arguments.items()}
+
+
+def plain_copy(arguments: dict[str, Any], good: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in fresh tensors that lie like those of the good call.
+
+    Raises:
+        NotApplicable: there is no such tensor.
+    """
+    made: dict[int, Tensor] = {}
+
+    def copy(value: Any, like: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            likes = like if isinstance(like, list) else []
+            return [copy(v, likes[i] if i < len(likes) else None) for i, v in enumerate(value)]
+        if isinstance(value, bytes):
+            return value.decode()
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in made:
+            needs(value.layout != torch._mkldnn and not value.is_quantized)
+            dense = value.detach() if value.layout == torch.strided else value.to_dense()
+            plain = dense.resolve_conj().resolve_neg()
+            last = (
+                isinstance(like, Tensor) and like.dim() == plain.dim() == 4
+                and like.is_contiguous(memory_format=torch.channels_last)
+            )  # fmt: skip
+            order = torch.channels_last if last else torch.contiguous_format
+            made[id(value)] = plain.clone(memory_format=order)
+        return made[id(value)]
+
+    return {name: copy(value, good[name]) for name, value in arguments.items()}
 
 
 def written(operator: Any) -> set[str]:
@@ -130,4 +180,7 @@ def assert_right(
         assert repr(float(result)) == repr(eager)
         return
     for i, rows in enumerate(zip(tensors, flatten(eager), flatten(truth), strict=True)):
-        assert_parity(*rows, what=f"result[{i}]")
+        if name.startswith("_train_conv"):
+            assert_within_policy(*rows, "default", what=f"result[{i}]")
+        else:
+            assert_parity(*rows, what=f"result[{i}]")

@@ -14,9 +14,9 @@ from typing import Any
 import hostile
 import pytest
 import torch
-from hostile import Spoilt, memory_of
+from hostile import Spoilt
 from hostile_calls import CPU, Arguments
-from hostile_check import assert_unchanged, check_all, result_of
+from hostile_check import assert_unchanged, check_all, memory_of, result_of
 from tolerance import flatten
 from torch import Tensor
 

@@ -198,6 +198,16 @@ size_t element_size(ScalarType dtype) {
 
 namespace {
 
+// Of a tensor without gaps; sizes may be anything.
+size_t checked_bytes(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  int64_t bytes = static_cast<int64_t>(element_size(dtype));
+  for (const int64_t size : sizes) {
+    check(size >= 0 && !__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes),
+          "memory_pool: cannot allocate a tensor of shape ", shape_text(sizes));
+  }
+  return std::find(sizes.begin(), sizes.end(), 0) == sizes.end() ? static_cast<size_t>(bytes) : 0;
+}
+
 Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle;
   using torch::stable::detail::from;
@@ -211,11 +221,7 @@ Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
 
 Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides,
                           ScalarType dtype) {
-  size_t bytes = element_size(dtype);
-  for (const int64_t size : sizes) {
-    check(size >= 0 && !__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes),
-          "memory_pool: cannot allocate a tensor of shape ", shape_text(sizes));
-  }
+  const size_t bytes = checked_bytes(sizes, dtype);
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   if (bytes < kSmallest) return empty_strided(sizes, strides, dtype);
   const auto lease = std::make_shared<Lease>(bytes);
@@ -229,6 +235,7 @@ Tensor pool_empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef str
 }
 
 Tensor pool_empty(IntHeaderOnlyArrayRef sizes, MemoryFormat format, ScalarType dtype) {
+  checked_bytes(sizes, dtype);  // so that no stride overflows
   const std::vector<int64_t> strides = dense_strides(sizes, format);
   return pool_empty_strided(sizes, IntHeaderOnlyArrayRef(strides.data(), strides.size()), dtype);
 }

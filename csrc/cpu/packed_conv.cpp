@@ -170,6 +170,8 @@ void add_step(Block& block, const StepNumbers& n, const StepTensors& tensors,
         op, ": packed must be what _pack_conv made of weight for ", algorithm_name, ", got ",
         dtype_name(packed.scalar_type()), " ", shape_text(packed.sizes()));
   check_memory(op, "packed", packed);
+  check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % alignof(float) == 0, op,
+        ": packed must be aligned to 4 bytes");
   check(pairs || !block.is_bf16() || algorithm != Algorithm::direct, op,
         ": packed must be bfloat16 for direct beside bfloat16 data");
   const Sizes sizes{shape.batch, shape.out_channels, shape.out_height, shape.out_width};
