@@ -142,7 +142,7 @@ class ConvChain:
             assert isinstance(input, Tensor)
             options, tensors = self._state(modules)
             precision = policy.current()
-            key = (input.shape, input.dtype, precision, options)
+            key = (input.shape, input.dtype, precision, torch.get_num_threads(), options)
             program = self._program.get(key, tensors, self._make(input, modules, precision))
             if program is not None:
                 return program(input)

@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "shape_key_without_the_policy",
         _PACKAGE + "packing.py",
-        "key = shape, policy.current()",
-        "key = (shape,)",
+        "key = shape, precision, torch.get_num_threads()",
+        "key = shape, torch.get_num_threads()",
         _POLICY,
         "an algorithm of the default policy under the strict one",
     ),
@@ -124,15 +124,15 @@ FAULTS = (
     Fault(
         "chain_key_without_the_policy",
         _PACKAGE + "modules/conv_chain.py",
-        "key = (input.shape, input.dtype, policy.current(), options)",
-        "key = (input.shape, input.dtype, options)",
+        "key = (input.shape, input.dtype, precision, torch.get_num_threads(), options)",
+        "key = (input.shape, input.dtype, torch.get_num_threads(), options)",
         _POLICY,
         "a program of the default policy under the strict one",
     ),
     Fault(
         "training_key_without_the_policy",
         _PACKAGE + "modules/train.py",
-        "state: list[object] = [casts, policy.current(), *_kind(data)]",
+        "state: list[object] = [casts, precision, *_kind(data)]",
         "state: list[object] = [casts, *_kind(data)]",
         _POLICY,
         "a training step of the default policy under the strict one",
@@ -148,8 +148,8 @@ FAULTS = (
     Fault(
         "statistics_change_unseen",
         _PACKAGE + "modules/batch_norm.py",
-        "    torch.autograd.graph.increment_version(changed)  # compiled operators don't\n",
-        "",
+        "        torch._C._increment_version(changed)\n",
+        "        pass\n",
         ("tests/test_running_statistics.py", *_STALE),
         "version counter not moved by a compiled write",
     ),
@@ -206,8 +206,8 @@ FAULTS = (
     Fault(
         "cache_directory_for_everybody",
         _PACKAGE + "tuning_cache.py",
-        "file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)",
-        "file.parent.mkdir(parents=True, exist_ok=True)",
+        "place.mkdir(mode=0o700, exist_ok=True)",
+        "place.mkdir(exist_ok=True)",
         _FILE,
         "directory made with the default mode",
     ),
@@ -222,8 +222,8 @@ FAULTS = (
     Fault(
         "cache_leaves_temporary_files",
         _PACKAGE + "tuning_cache.py",
-        """            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        """        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 """,
         "",
         _FILE,
@@ -232,7 +232,7 @@ FAULTS = (
     Fault(
         "cache_is_not_locked",
         _PACKAGE + "tuning_cache.py",
-        "        fcntl.flock(handle, fcntl.LOCK_EX)\n",
+        "            fcntl.flock(lock, fcntl.LOCK_EX)\n",
         "",
         _FILE,
         "two writers at once lose each other's choices",
@@ -240,16 +240,16 @@ FAULTS = (
     Fault(
         "cache_replaces_what_is_known",
         _PACKAGE + "tuning_cache.py",
-        "known[machine] = {**known.get(machine, {}), **choices}",
-        "known[machine] = dict(choices)",
+        "own = {**known.get(machine, {}), **choices}",
+        "own = dict(choices)",
         _FILE,
         "earlier choices lost",
     ),
     Fault(
         "cache_of_another_format",
         _PACKAGE + "tuning_cache.py",
-        'demand(isinstance(data, dict) and data.get("format") == _FORMAT)',
-        "demand(isinstance(data, dict))",
+        'sound = isinstance(machines, dict) and data.get("format") == _FORMAT',
+        "sound = isinstance(machines, dict)",
         _POISONED,
         "version of the file ignored",
     ),

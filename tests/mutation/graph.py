@@ -115,8 +115,8 @@ FAULTS = (
     Fault(
         "forward_that_draws_is_fused",
         _GRAPH + "trace.py",
-        "    if rolled:\n",
-        "    if rolled is None:\n",
+        "        if _equal(start, ends[-1]):\n",
+        "        if ends:\n",
         _zoo("scaled_by_a_draw"),
         "a random branch frozen",
     ),
@@ -228,10 +228,13 @@ FAULTS = (
     Fault(
         "failed_fuse_leaves_a_part",
         _GRAPH + "rewrite.py",
-        """        for module in done:
-            remove(module)
-        raise""",
-        "        raise",
+        """                _attach(module, open_children(module, plans[module][0]))
+        except BaseException:
+            _put_back(before)
+            raise""",
+        """                _attach(module, open_children(module, plans[module][0]))
+        except BaseException:
+            raise""",
         (_STATE + "test_an_exception_while_plans_are_applied",),
         "a model changed in part by an exception",
     ),
