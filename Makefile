@@ -47,9 +47,9 @@ sanitize: $(SANITIZED)/.ready
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 		$(BIN)/pytest -q -n auto -p no:cacheprovider $(wildcard $(addprefix tests/test_, \
-			conv_kinds.py head.py hostile_arguments.py max_pool.py ops.py overwrite.py packed_conv.py packed_conv_op.py \
-			running_statistics.py train_bfloat16.py train_block.py train_call.py train_conv.py \
-			train_pool.py)) \
+			conv_kinds.py head.py hostile_arguments.py max_pool.py ops.py overwrite.py \
+			packed_conv.py packed_conv_op.py running_statistics.py train_bfloat16.py \
+			train_block.py train_call.py train_conv.py train_pool.py)) \
 		|| { cat $(SANITIZED)/report.*; exit 1; }
 
 $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*.py resnet_fused/*/*.py)
@@ -83,14 +83,15 @@ $(RACES)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*.py resnet_
 # The CUDA kernels' tests on the CPU (tests/cuda_on_cpu): under AddressSanitizer; with every access to
 # memory watched, for races; and with threads in other orders.
 CUDA_TESTS := $(wildcard $(addprefix tests/test_cuda_, \
-	conv.py hostile_arguments.py ops.py pack.py pool.py running_statistics.py train_conv.py))
+	conv.py ops.py pack.py pool.py running_statistics.py train_conv.py))
 CUDA_PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -p no:cacheprovider $(CUDA_TESTS)
 sanitize-cuda: .venv/.ready
 	rm -f build/cuda_on_cpu/asan/report.*
 	$(BIN)/python tests/cuda_on_cpu/build.py --mode asan
 	RESNET_FUSED_CUDA_MODE=asan \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/build/cuda_on_cpu/asan/report $(CUDA_PYTEST) \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/build/cuda_on_cpu/asan/report \
+		$(CUDA_PYTEST) tests/test_cuda_hostile_arguments.py \
 		|| { cat build/cuda_on_cpu/asan/report.*; exit 1; }
 	$(BIN)/python tests/cuda_on_cpu/build.py --mode watch
 	RESNET_FUSED_CUDA_MODE=watch $(CUDA_PYTEST)

@@ -11,7 +11,7 @@ _STALE = (
     "tests/test_whole_network.py::test_a_change_to_a_part_is_seen",
 )
 _POLICY = (_STATE + "test_another_policy_after_the_first_call_is_seen",)
-_FILE = ("tests/test_tuning_cache.py",)
+_FILE = tuple(f"tests/test_tuning_cache{part}.py" for part in ("", "_places", "_processes"))
 _POISONED = ("tests/test_tuning_cache.py::test_a_poisoned_file_is_ignored_with_one_warning",)
 
 FAULTS = (
