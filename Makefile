@@ -68,7 +68,7 @@ sanitize-threads: $(RACES)/.ready
 		$(BIN)/pytest -q -n auto -p no:cacheprovider -k "not child and not workers" \
 		$(addprefix tests/test_, thread_sanitizer.py threads.py \
 			packed_conv.py::test_same_bits_for_any_thread_count head.py::test_average \
-			train_conv.py::test_random_steps train_conv.py::test_many_passes \
+			train_conv.py::test_random_steps train_conv.py::test_many_passes[64-winograd4] \
 			train_conv.py::test_repeats_are_the_same_bits train_pool.py::test_max_pool_of_an_activation \
 			train_call.py::test_one_call_gives_the_bits_of_its_steps \
 			running_statistics.py::test_running_statistics) \

