@@ -1,6 +1,6 @@
 """Plants every fault of the catalogue, one at a time, and says which ones the tests catch.
 
-    PYTHONPATH=.:tests python -m mutation.run [NAME ...] [--area cpu] [--list] [--jobs 2]
+    PYTHONPATH=.:tests python -m mutation.run [NAME ...] [--area cpu] [--list] [--missing]
 
 Each area works in a copy of the checkout under build/mutation, which is built once and then what a
 fault has changed. First all tests run on the copy as it is: they must pass. A fault's are a few of
@@ -16,8 +16,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,8 +66,10 @@ def files_of(root: Path) -> list[str]:
     return [name for name in (*listed, *libraries) if name and (root / name).is_file()]
 
 
-def run_area(name: str, area: Area, faults: Sequence[Fault]) -> list[Result]:
-    """Plant the faults, and print a line for each.
+def run_area(
+    name: str, area: Area, faults: Sequence[Fault], record: Callable[[Result], None]
+) -> list[Result]:
+    """Plant the faults, print a line for each and have it recorded.
 
     Raises:
         NotClean: without a fault something is wrong already.
@@ -97,6 +100,7 @@ def run_area(name: str, area: Area, faults: Sequence[Fault]) -> list[Result]:
         )  # fmt: skip
         results.append(found)
         print(f"{found.outcome:10} {name:6} {fault.name} ({took:.0f} s) {found.by}", flush=True)
+        record(found)
     scratch.restore()
     return results
 
@@ -144,18 +148,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--json", metavar="FILE", help="write the results as JSON; other faults' stay"
     )
+    parser.add_argument("--missing", action="store_true", help="only what the JSON has not")
     args = parser.parse_args(argv)
     chosen = select(args.names, args.area)
     known = {f.name for faults in chosen.values() for f in faults}
     if unknown := set(args.names) - known:
         parser.error(f"no such faults: {', '.join(sorted(unknown))}")
+    if args.missing and args.json is not None:
+        done = {result.name for result in read(Path(args.json))}
+        left = {area: [f for f in faults if f.name not in done] for area, faults in chosen.items()}
+        chosen = {area: faults for area, faults in left.items() if faults}
     if args.list:
         for area, faults in chosen.items():
             for fault in faults:
                 print(f"{area:6} {fault.name}: {fault.why} ({fault.file})")
         return 0
+    writing = threading.Lock()
+
+    def record(result: Result) -> None:
+        if args.json is not None:
+            with writing:
+                write(Path(args.json), [result])
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = [pool.submit(run_area, area, AREAS[area], f) for area, f in chosen.items()]
+        running = [
+            pool.submit(run_area, area, AREAS[area], faults, record)
+            for area, faults in chosen.items()
+        ]
         try:
             results = [result for future in running for result in future.result()]
         except NotClean as error:
@@ -165,16 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for area, count in summary(results).items():
         share = count["caught"] / count["faults"]
         print(f"{area:6} {count['caught']} of {count['faults']} caught, {share:.1%}")
-    if args.json is not None:
-        write(Path(args.json), results)
     readme = Path(__file__).with_name("README.md").read_text()
     return 0 if passes(results, explained(readme)) else 1
 
 
+def read(path: Path) -> list[Result]:
+    """The results in a file, none if there is no file."""
+    if not path.exists():
+        return []
+    return [Result(**row) for row in json.loads(path.read_text())["faults"]]
+
+
 def write(path: Path, results: Sequence[Result]) -> None:
     """Put results in a file, in the place of older ones of the same faults; the others stay."""
-    rows = json.loads(path.read_text())["faults"] if path.exists() else []
-    known = {row["name"]: Result(**row) for row in rows} | {r.name: r for r in results}
+    known = {r.name: r for r in (*read(path), *results)}
     names = [fault.name for area in AREAS.values() for fault in area.faults]
     merged = [known[name] for name in names if name in known]
     about = {"environment": benchmark.environment(), "command": "make mutate"}
