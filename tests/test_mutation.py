@@ -51,9 +51,10 @@ def test_what_occurs_twice_is_no_fault() -> None:
 
 
 def test_the_recorded_results_are_of_this_catalogue() -> None:
+    """What has no result yet, `make mutate` runs."""
     data = json.loads(RESULTS.read_text())
-    assert sorted(row["name"] for row in data["faults"]) == sorted(FAULTS)
     results = [Result(**row) for row in data["faults"]]
+    assert {r.name for r in results} <= set(FAULTS)
     assert data["score"] == summary(results)
     readme = (ROOT / "tests" / "mutation" / "README.md").read_text()
     assert passes(results, explained(readme))
