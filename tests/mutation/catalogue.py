@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mutation import caches, cpu, cuda, graph, triton
+from mutation import caches, cpu, cuda, graph, modules, triton
 from mutation.fault import Fault
 
 
@@ -24,7 +24,7 @@ AREAS = {
         (("RESNET_FUSED_NO_CUDA_BUILD", "1"), ("RESNET_FUSED_OPTIMIZE", "1")),
     ),
     "cuda": Area(cuda.FAULTS, ("tests/cuda_on_cpu/build.py",)),
-    "graph": Area(graph.FAULTS),
+    "graph": Area((*graph.FAULTS, *modules.FAULTS)),
     "triton": Area(
         triton.FAULTS,
         environment=(("TRITON_INTERPRET", "1"), ("RESNET_FUSED_NO_NATIVE", "1")),
