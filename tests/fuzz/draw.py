@@ -45,14 +45,14 @@ def _case(source: random.Random) -> BlockCase | None:
     # In a narrow dtype a ReLU near its corner decides most gradients' errors.
     smooth = mode != "eval" and dtype not in ("float32", "float64") and source.random() < 0.85
     parts: list[Part] = []
-    size, inputs, work = (height, width), channels, 0
+    size, width_of, work = (height, width), channels, 0
     for last in [False] * pick([0, 0, 0, 1, 2]) + [True]:
-        drawn = _part(source, inputs, size, last, smooth)
+        drawn = _part(source, width_of, size, last, smooth)
         if drawn is None:
             return None
         part, size, products = drawn
         parts.append(part)
-        inputs, work = part.outputs, work + products * max(batch, 1)
+        width_of, work = part.outputs, work + products * max(batch, 1)
     if work > MOST_WORK:
         return None
     # Batch statistics are no whole numbers.
@@ -69,7 +69,8 @@ def _case(source: random.Random) -> BlockCase | None:
         if mode == "eval_grad":
             parts = [_without(part, "act", ("leaky_relu", "hardswish"), "relu") for part in parts]
     if mode == "train":
-        parts = [_without_bare_scales(part) for part in parts]
+        inputs = (channels, *(part.outputs for part in parts))
+        parts = [_without_bare_scales(p, n) for p, n in zip(parts, inputs, strict=False)]
     convs = [c for p in parts for c in (*p.convs, *filter(None, (p.projection,)))]
     strided = any(c.kernel == (1, 1) and c.stride != (1, 1) for c in convs)
     return BlockCase(
@@ -92,13 +93,15 @@ def _without(part: Part, field: str, values: Sequence[str], other: str) -> Part:
     return replace(part, convs=tuple(convs))
 
 
-def _without_bare_scales(part: Part) -> Part:
+def _without_bare_scales(part: Part, inputs: int) -> Part:
     """Without a batch norm that takes away all that a convolution's weight can do.
 
     A 1×1 kernel over one channel is a factor; its gradient is what rounding leaves of zero.
     """
+    widths = (inputs, *(c.outputs for c in part.convs))
     convs = (
-        replace(c, norm="frozen") if c.kernel == (1, 1) and c.groups > 1 else c for c in part.convs
+        replace(c, norm="frozen") if c.kernel == (1, 1) and (c.groups > 1 or n == 1) else c
+        for c, n in zip(part.convs, widths, strict=False)
     )
     return replace(part, convs=tuple(convs))
 

@@ -205,8 +205,11 @@ class _Comparison:
                 )
             # A bias in front of a batch norm has no gradient; what is computed is rounding of
             # what cancels.
-            vanishes = sizes.get(name, largest) < 1e-9 * largest
-            row = self._row(name, ours, eager, exact, largest if vanishes else None)
+            scale = largest if sizes.get(name, largest) < 1e-9 * largest else None
+            if name.endswith("running_mean"):  # of values that cancel: beside their spread
+                spread = self.reference.tensors[name.replace("_mean", "_var")].abs().sqrt()
+                scale = max(_size(exact), _size(spread))
+            row = self._row(name, ours, eager, exact, scale)
             self.rows[name] = row
             ratio = _ratio(row)
             if ratio > self.verdict.ratio or not self.verdict.what:
