@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import stat
-import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,9 +133,11 @@ def _add(file: Path, machine: str, choices: Mapping[str, str]) -> None:
         _complain(f"resnet_fused replaces its measured choices: {error}")
         known = {}
     text = _text(known, machine, choices)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_FILE, suffix=".new")
+    # A name known before the file is there, so that no interrupt leaves it behind.
+    temporary = file.with_name(f"{_FILE}.{os.getpid()}.{threading.get_ident()}.new")
     try:
-        with os.fdopen(handle, "w") as stream:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x", opener=_open_private) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -154,6 +156,10 @@ def _text(known: dict[str, Choices], machine: str, choices: Mapping[str, str]) -
         if len(text) <= _MOST_BYTES:
             return text
     raise ValueError(f"choices: {len(choices)} of them take more than {_MOST_BYTES} bytes")
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _read_all(file: Path) -> dict[str, Choices]:

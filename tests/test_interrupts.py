@@ -75,10 +75,10 @@ def interrupted(work: Callable[[], object], moment: int) -> KeyboardInterrupt | 
     """The interrupt that ended an operation; None if something in it has taken it."""
     left = moment
 
-    def count(_: Site) -> None:
+    def count(site: Site) -> None:
         nonlocal left
         left -= 1
-        if left == 0:
+        if left <= 0 and not site[0].endswith("grad_mode.py"):
             raise KeyboardInterrupt
 
     try:

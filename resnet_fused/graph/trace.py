@@ -11,6 +11,7 @@ import builtins
 import inspect
 import operator
 import random
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def _trace_once(module: nn.Module, training: bool, sequences: bool) -> fx.Graph:
     except Untraceable:
         raise
     except Exception as error:  # a user's forward may raise anything when run on symbols
+        if (interrupt := _behind(error)) is not None:
+            raise interrupt from None
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Untraceable(f"forward cannot be traced: {message}") from error
     written = sorted(k for k, v in _attributes(probe).items() if before.get(k) != v)
@@ -78,6 +81,13 @@ def _trace_once(module: nn.Module, training: bool, sequences: bool) -> fx.Graph:
     if written:
         raise Untraceable(f"forward writes self.{written[0]}")
     return graph
+
+
+def _behind(error: BaseException | None) -> BaseException | None:
+    """The interrupt while which an exception was raised: torch.fx asserts as it cleans up."""
+    while error is not None and isinstance(error, Exception):
+        error = error.__context__
+    return error
 
 
 def opens(module: nn.Module) -> bool:
@@ -139,8 +149,7 @@ def _run_on_symbols(probe: nn.Module, sequences: bool) -> fx.Graph:
     """Trace, with Python's isinstance, and not C code's type checks, taking a symbol for a tensor.
 
     After an interrupt nothing is left of what is changed for the whole process meanwhile. So that
-    is put back without a call, before which an interrupt might come; and with-blocks that were
-    left without their ends, as torch.fx's may be, are ended with their frames.
+    is put back without a call, before which an interrupt might come.
     """
 
     def answer(value: object, kinds: Any) -> bool:
@@ -148,14 +157,27 @@ def _run_on_symbols(probe: nn.Module, sequences: bool) -> fx.Graph:
 
     with _tracing.here():
         ask = builtins.isinstance
+        call, look_up = nn.Module.__call__, nn.Module.__getattr__
         try:
             builtins.isinstance = answer
             return _Tracer(sequences).trace(probe)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)
+            _end_patches(error)
             raise
         finally:
             builtins.isinstance = ask
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            nn.Module.__getattr__ = look_up  # type: ignore[method-assign]
+
+
+def _end_patches(error: BaseException) -> None:
+    """Undo what torch.fx has patched, and what an interrupt kept it from undoing."""
+    traceback.clear_frames(error.__traceback__)  # ends with-blocks left without their ends
+    symbolic: Any = sys.modules["torch.fx._symbolic_trace"]
+    patcher = getattr(symbolic, "CURRENT_PATCHER", None)
+    if patcher is not None:
+        patcher.revert_all_patches()
+        symbolic.CURRENT_PATCHER = None
 
 
 _NOT_TENSORS = ("size", "dim", "numel", "stride", "item", "tolist", "chunk", "split", "unbind")
