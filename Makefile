@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py setup_cuda.py pyproject.toml $(wildcard csrc/common/* csrc/cpu/*)
 CUDA_SOURCES := setup_cuda.py $(wildcard csrc/common/* csrc/cuda/*)
-STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh examples/*/*.cpp) \
+STYLED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh examples/*/*.cpp tests/*.cpp) \
 	$(wildcard $(addprefix tests/cuda_on_cpu/,*.cpp *.h *.cu */*.cu */*.cuh */*.h))
 RESULTS := benchmarks/results
 CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
