@@ -214,8 +214,8 @@ FAULTS = (
     Fault(
         "cache_is_written_in_place",
         _PACKAGE + "tuning_cache.py",
-        "handle, temporary = tempfile.mkstemp(",
-        "file.write_text(text[:9])\n        handle, temporary = tempfile.mkstemp(",
+        "        temporary.unlink(missing_ok=True)\n",
+        "        temporary.unlink(missing_ok=True)\n        file.write_text(text[:9])\n",
         _FILE,
         "a write that an interrupt leaves half done",
     ),
