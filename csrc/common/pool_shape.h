@@ -25,8 +25,8 @@ inline PoolShape pool_shape(const char* op, const Tensor& input,
   check_data(op, "input", input);
   check(input.dim() == 4, op, ": input must have 4 dimensions, got shape ",
         shape_text(input.sizes()));
-  check(input.size(1) > 0 && input.size(2) > 0 && input.size(3) > 0, op,
-        ": input must have channels and pixels, got shape ", shape_text(input.sizes()));
+  check(input.size(2) > 0 && input.size(3) > 0, op, ": input must have pixels, got shape ",
+        shape_text(input.sizes()));
   check(window.size() == 8, op,
         ": kernel_size, stride, padding and dilation must have two numbers each");
   PoolShape shape{input.size(1), input.size(2), input.size(3), 0, 0, {}, {}, {}, {}};

@@ -7,6 +7,7 @@
 namespace resnet_fused {
 
 inline void check_has_kernel(const char* op, const Tensor& input) {
+  check(input.size(1) > 0, op, ": input must have channels, got shape ", shape_text(input.sizes()));
   check(input.scalar_type() != ScalarType::Half, op, ": input must not be float16");
 }
 
