@@ -185,10 +185,8 @@ def _verify_operators(args: argparse.Namespace) -> int:
         print(numerics.summary(rows))
     ok = all(row.ok for row in rows)
     command = " ".join(("resnet-fused", *args.argv))
-    results = [row.to_dict() for row in rows]
-    environment = benchmark.environment()
-    data = {"environment": environment, "command": command, "ok": ok, "results": results}
-    write_json(args.json, data)
+    data = {"environment": benchmark.environment(), "command": command, "ok": ok}
+    write_json(args.json, {**data, "results": [row.to_dict() for row in rows]})
     return 0 if ok else 1
 
 

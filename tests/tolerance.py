@@ -79,9 +79,31 @@ def measured(
     scale: float | None = None,
 ) -> Measured:
     """What `assert_parity` compares; that the results agree in all else is asserted."""
-    error, eager_error = _errors(actual, eager, reference64, what=what, scale=scale)
+    assert actual.shape == eager.shape, (
+        f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
+    )
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager {eager.dtype}"
+    assert actual.device == eager.device, f"{what}: device {actual.device}, eager {eager.device}"
+    assert reference64.shape == eager.shape, (
+        f"{what}: the reference has shape {tuple(reference64.shape)}"
+    )
+    actual, eager, reference64 = actual.detach(), eager.detach(), reference64.detach()
     if not actual.dtype.is_floating_point:
+        assert torch.equal(actual, eager), f"{what}: {actual} is not {eager}"
         return Measured(0.0, 0.0, 0.0)
+    special, special_eager = _special(actual), _special(eager)
+    wrong = special != special_eager
+    assert not wrong.any(), (
+        f"{what}: NaN or Inf differ from eager's at {int(wrong.sum())} of {wrong.numel()} places, "
+        f"first at {tuple(wrong.nonzero()[0].tolist())}: got {actual[wrong][0].item()}, "
+        f"eager {eager[wrong][0].item()}"
+    )
+    finite = (special_eager == 0) & reference64.isfinite()
+    kept = reference64[finite]
+    if scale is None and kept.numel():
+        scale = kept.double().abs().max().item()
+    error = relative_error(actual[finite], kept, scale)
+    eager_error = relative_error(eager[finite], kept, scale)
     budget = EAGER_FACTOR * eager_error + one_rounding(actual.dtype)
     if actual.dtype == torch.float64:  # eager's error is 0, unless it ran in another way
         budget = max(budget, DOUBLE_ROUNDINGS * one_rounding(torch.float64))
@@ -108,36 +130,6 @@ def assert_mean(rows: Sequence[Measured], actual: Tensor, *, what: str = "result
     """Hold the mean error to the mean budget; `actual` is one of the results."""
     mean = Measured(*(sum(side) / len(rows) for side in zip(*rows, strict=True)))
     _hold(mean, actual, f"{what}, mean of {len(rows)} draws")
-
-
-def _errors(
-    actual: Tensor, eager: Tensor, reference64: Tensor, *, what: str, scale: float | None = None
-) -> tuple[float, float]:
-    """The relative errors of both, which agree in all else."""
-    assert actual.shape == eager.shape, (
-        f"{what}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}"
-    )
-    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager {eager.dtype}"
-    assert actual.device == eager.device, f"{what}: device {actual.device}, eager {eager.device}"
-    assert reference64.shape == eager.shape, (
-        f"{what}: the reference has shape {tuple(reference64.shape)}"
-    )
-    actual, eager, reference64 = actual.detach(), eager.detach(), reference64.detach()
-    if not actual.dtype.is_floating_point:
-        assert torch.equal(actual, eager), f"{what}: {actual} is not {eager}"
-        return 0.0, 0.0
-    special, special_eager = _special(actual), _special(eager)
-    wrong = special != special_eager
-    assert not wrong.any(), (
-        f"{what}: NaN or Inf differ from eager's at {int(wrong.sum())} of {wrong.numel()} places, "
-        f"first at {tuple(wrong.nonzero()[0].tolist())}: got {actual[wrong][0].item()}, "
-        f"eager {eager[wrong][0].item()}"
-    )
-    finite = (special_eager == 0) & reference64.isfinite()
-    kept = reference64[finite]
-    if scale is None and kept.numel():
-        scale = kept.double().abs().max().item()
-    return relative_error(actual[finite], kept, scale), relative_error(eager[finite], kept, scale)
 
 
 def _hold(row: Measured, actual: Tensor, what: str) -> None:

@@ -48,6 +48,22 @@ def placed(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+Operands = tuple[Tensor, Tensor | None, int]
+
+
+@st.composite
+def operands(draw: st.DrawFn, least_batch: int) -> Operands:
+    """Data of any rank and layout, a residual or none, and a seed for vectors."""
+    shape = (
+        draw(st.integers(least_batch, 4)),
+        draw(st.integers(1, 40)),
+        *draw(st.lists(st.integers(1, 7), max_size=3)),
+    )
+    layout, seed = draw(LAYOUTS), draw(st.integers(0, 2**32 - 1))
+    residual = placed(whole(shape, seed + 2), layout) if draw(st.booleans()) else None
+    return placed(whole(shape, seed, 8), layout), residual, seed
+
+
 def activated(y: Tensor, act: str) -> Tensor:
     return {"none": y, "relu": y.clamp(min=0), "relu6": y.clamp(0, 6)}[act]
 
@@ -87,17 +103,11 @@ def test_conv_bn_act(
 
 
 @EXACTLY
-@given(
-    st.lists(st.integers(1, 7), min_size=0, max_size=3), st.integers(0, 4), st.integers(1, 40),
-    ACTS, st.booleans(), DTYPES, LAYOUTS, st.integers(0, 2**32 - 1),
-)  # fmt: skip
-def test_scale_shift_act(
-    pixels: list[int], batch: int, channels: int, act: str, added: bool, dtype: torch.dtype,
-    layout: str, seed: int,
-) -> None:  # fmt: skip
-    x = placed(whole((batch, channels, *pixels), seed, 8), layout)
+@given(operands(least_batch=0), ACTS, DTYPES)
+def test_scale_shift_act(drawn: Operands, act: str, dtype: torch.dtype) -> None:
+    x, residual, seed = drawn
+    channels = x.shape[1]
     scale, shift = powers(channels, seed), whole((channels,), seed + 1)
-    residual = placed(whole(tuple(x.shape), seed + 2), layout) if added else None
     y = x * per_channel(scale, x) + per_channel(shift, x)
     exact = activated(y if residual is None else y + residual, act)
     tensors: Any = [None if t is None else t.to(dtype) for t in (x, scale, shift, residual)]
@@ -105,19 +115,13 @@ def test_scale_shift_act(
 
 
 @EXACTLY
-@given(
-    st.lists(st.integers(1, 7), min_size=0, max_size=3), st.integers(1, 4), st.integers(1, 40),
-    ACTS, st.booleans(), DTYPES, LAYOUTS, st.integers(0, 2**32 - 1),
-)  # fmt: skip
-def test_bn_act_with_fixed_statistics(
-    pixels: list[int], batch: int, channels: int, act: str, added: bool, dtype: torch.dtype,
-    layout: str, seed: int,
-) -> None:  # fmt: skip
-    x = placed(whole((batch, channels, *pixels), seed, 8), layout)
+@given(operands(least_batch=1), ACTS, DTYPES)
+def test_bn_act_with_fixed_statistics(drawn: Operands, act: str, dtype: torch.dtype) -> None:
+    x, residual, seed = drawn
+    channels = x.shape[1]
     mean, weight, bias = whole((channels,), seed), powers(channels, seed), whole((channels,), 1)
     var = (powers(channels, seed + 1) > 0) * 3 + 0.75  # with eps 1 or 4
     scale = weight / (var + 0.25).sqrt()
-    residual = placed(whole(tuple(x.shape), seed + 2), layout) if added else None
     y = (x - per_channel(mean, x)) * per_channel(scale, x) + per_channel(bias, x)
     exact = activated(y if residual is None else y + residual, act)
     given_: Any = [t.to(dtype) for t in (x, mean, var, weight, bias)]
