@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resnet_fused.api import fuse
-from resnet_fused.parity import Promise, relative_error
+from resnet_fused.parity import Promise
 
-from .block import BlockCase, Conv, Part, double, run
+from .block import BlockCase, Conv, Outcome, Part, double, run
 from .draw import CORNERS, size_text
+from .eager import library_is_wrong, ways
 from .measure import Draw, Results, Variant, without_onednn
 
 WORST = Path(__file__).parent / "worst_cases.json"
@@ -73,17 +73,13 @@ class NetworkCase:
         """The case with its seed moved on."""
         case = replace(self.case, seed=self.case.seed + _NEXT_SEED * number)
         plain, base = case.build()
-        truth = _tensors(case, double(plain), base.double(), exact=True)
+        truth = _tensors(run(case, double(plain), base.double(), exact=True))
         wrong = library_is_wrong(case, plain, base, truth)
         with without_onednn() if wrong else nullcontext():
             fused = fuse(plain, memory=case.memory)
             with in_force:
-                ours = _tensors(case, fused, base)
-            eager = [_tensors(case, copy.deepcopy(plain), base)]
-            if case.layout in ("contiguous", "channels_last"):
-                eager.append(_in_the_other_layout(case, plain, base))
-            if case.dtype == "float64":
-                eager.append(_nearby(case, plain, base))
+                ours = _tensors(run(case, fused, base))
+            eager = [_tensors(outcome) for outcome in ways(case, plain, base)]
         _give_a_size(ours, eager, truth)
         _leave_out_overflow(ours, eager, truth)
         seen = _by_kind(ours)
@@ -140,48 +136,12 @@ def fuzzed(dtype: str) -> Iterator[Variant]:
             yield Variant("worst of the fuzzer", row["mode"], dtype, promise, [NetworkCase(case)])
 
 
-def library_is_wrong(
-    case: BlockCase, plain: nn.Module, base: Tensor, truth: Mapping[str, Tensor]
-) -> bool:
-    """Whether eager PyTorch by oneDNN in bfloat16 is no rounding of the truth, or no function.
-
-    (torch 2.13: narrow images of AMX; images of one column, stride (1, 2) and groups of one.)
-    """
-    if case.dtype not in ("bfloat16", "autocast"):
-        return False
-    one, two = (_tensors(case, copy.deepcopy(plain), base) for _ in range(2))
-    with without_onednn():
-        other = _tensors(case, copy.deepcopy(plain), base)
-    for name, exact in truth.items():
-        if not exact.is_floating_point():
-            continue
-        if relative_error(one[name], two[name]) > 0:
-            return True
-        if not torch.equal(one[name].isfinite(), other[name].isfinite()):
-            return True
-        error, least = (relative_error(t[name], exact) for t in (one, other))
-        if error > 0.02 and error > 8 * least:
-            return True
-    return False
-
-
-def _tensors(
-    case: BlockCase, model: nn.Module, base: Tensor, *, exact: bool = False
-) -> dict[str, Tensor]:
-    """What running it gives; of a case that raises there is nothing to measure."""
-    outcome = run(case, model, base, exact=exact)
+def _tensors(outcome: Outcome) -> dict[str, Tensor]:
+    """What running a case gave; of one that raises there is nothing to measure."""
     if outcome.error is not None:
         raise outcome.error
     found = outcome.tensors.items()
     return {name: t for name, t in found if t.is_floating_point() and name != "input"}
-
-
-def _in_the_other_layout(case: BlockCase, plain: nn.Module, base: Tensor) -> dict[str, Tensor]:
-    last = case.layout == "contiguous"
-    layout = torch.channels_last if last else torch.contiguous_format
-    model = copy.deepcopy(plain).to(memory_format=layout)  # type: ignore[call-overload]
-    other = replace(case, layout="channels_last" if last else "contiguous")
-    return _tensors(other, model, base)
 
 
 def _give_a_size(
@@ -212,21 +172,6 @@ def _leave_out_overflow(
         if torch.equal(special, of_eager):
             for tensors in (ours, *eager, truth):
                 tensors[name] = tensors[name].masked_fill(overflows, 0.0)
-
-
-def _nearby(case: BlockCase, plain: nn.Module, base: Tensor) -> dict[str, Tensor]:
-    """In float64 eager is its own truth; with data a few roundings off it shows what those cost."""
-    model = copy.deepcopy(plain)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(_shaken(parameter))
-    return _tensors(case, model, _shaken(base))
-
-
-def _shaken(tensor: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.dtype) * 2 - 1
-    return tensor * (1 + signs * 4 * torch.finfo(tensor.dtype).eps)
 
 
 def _by_kind(tensors: Mapping[str, Tensor]) -> Results:
