@@ -102,10 +102,14 @@ def update(machine: str, choices: Mapping[str, str]) -> Path:
         _add(file, machine, choices)
     finally:
         if lock is not None:
-            # Closing alone would leave it locked where another thread has forked meanwhile.
-            with contextlib.suppress(OSError):
+            # Closing alone would leave it locked where another thread has forked meanwhile. And no
+            # call of Python's, before which an interrupt might come.
+            try:
                 fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
+            except OSError:
+                pass
+            finally:
+                os.close(lock)
     return file
 
 

@@ -33,9 +33,9 @@ def take_turns(problem: conv_choice.ConvProblem, algorithm: str) -> float:
 def every_algorithm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All of the library's own convolutions take part."""
     monkeypatch.setattr(conv_choice, "cost", take_turns)
-    train_conv._choose.cache_clear()
+    train_conv.choose_for.cache_clear()
     yield
-    train_conv._choose.cache_clear()
+    train_conv.choose_for.cache_clear()
 
 
 def network(*, strassen: bool) -> nn.Module:

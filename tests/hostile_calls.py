@@ -347,6 +347,12 @@ def _plain_train_conv(
     return z, *reference.batch_statistics(z)
 
 
+def _plain_max_pool2d(input: Tensor, *options: Any) -> Tensor:
+    """A channel at a time, of which there may be none: F.max_pool2d refuses that."""
+    y = F.max_pool2d(input.flatten(0, 1)[:, None], *options)
+    return y.view(*input.shape[:2], *y.shape[2:])
+
+
 PLAIN: dict[str, Callable[..., Any]] = {
     "conv_bn_act": reference.conv_bn_act,
     "scale_shift_act": reference.scale_shift_act,
@@ -360,7 +366,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "bn_act_backward_input": reference.bn_act_backward_input,
     "batch_statistics": reference.batch_statistics,
     "normalize_act": reference.normalize_act,
-    "_max_pool2d": F.max_pool2d,
+    "_max_pool2d": _plain_max_pool2d,
     "_average_pixels": lambda input: input.mean((2, 3), keepdim=True),
     "_max_abs": lambda input: input.abs().max().item() if input.numel() else 0.0,
     "_pool_clone": lambda input: input.clone(),

@@ -93,6 +93,7 @@ def process_state() -> tuple[Any, ...]:
     tracing = sys.modules["torch.fx._symbolic_trace"]
     return (
         builtins.isinstance, nn.Module.__call__, nn.Module.__getattr__, len,
+        sys.getswitchinterval(),
         tracing._is_fx_tracing_flag, tracing.CURRENT_PATCHER,
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), policy.current(),
         torch._C._len_torch_dispatch_stack(), torch.get_num_threads(), torch.get_default_dtype(),

@@ -206,7 +206,7 @@ def test_what_is_kept_is_bounded() -> None:
     folds = [o for o in gc.get_objects() if type(o).__name__ == "Folded" and hasattr(o, "prepared")]
     assert folds
     assert all(len(f.prepared) <= 8 and len(f.packed) <= 7 for f in folds)
-    assert train_conv._choose.cache_info().maxsize == 4096
+    assert train_conv.choose_for.cache_info().maxsize == 4096
 
 
 # --- one operator at a time --------------------

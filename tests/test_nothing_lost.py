@@ -7,6 +7,7 @@ from __future__ import annotations
 import builtins
 import copy
 import io
+import linecache
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def trained(
 @pytest.mark.parametrize("network", NETWORKS)
 def test_fused_training_is_unfused_training(network: str, optimizer: str) -> None:
     """In each order of fused and unfused halves the same names, and values within the budget."""
-    seeds = range(4)
+    seeds = range(8)
 
     def runs(halves: tuple[bool, bool], dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
         return [trained(network, optimizer, halves, dtype, seed) for seed in seeds]
@@ -229,11 +230,19 @@ class Watch:
 
 
 def points() -> Iterator[Point]:
-    """Each function at one of its calls, each line of those that change models twice."""
+    """Each function at one of its calls, each line of those that change models twice.
+
+    Not where a with-block ends, which a trace sees as its line once more, nor at a bare ``try:``:
+    there nothing but a trace can raise, and CPython's tables of handlers have a hole.
+    """
     watch, source = Watch(), random.Random(6)
     watch.run(victim())
     for (code, line), times in watch.seen.items():
-        for time in sorted({1, times}) if line else [source.randint(1, times)]:
+        text = linecache.getline(code.co_filename, line).strip() if line else ""
+        if text == "try:":
+            continue
+        last = 1 if text.startswith("with ") else times
+        for time in sorted({1, last}) if line else [source.randint(1, times)]:
             yield code, line, time
 
 

@@ -44,12 +44,19 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
     start, ends = _random_states(), []
     for _ in range(_MOST_TRIES):
         try:
-            graph = _trace_once(module, training, sequences)
-            ends.append(_random_states())
+            with _tracing.here():
+                interval = sys.getswitchinterval()
+                try:
+                    sys.setswitchinterval(_UNDISTURBED)
+                    before = _random_states()
+                    graph = _trace_once(module, training, sequences)
+                    ends.append(_random_states())
+                finally:
+                    sys.setswitchinterval(interval)
         except BaseException:
             _restore_random_states(start)
             raise
-        if _equal(start, ends[-1]):
+        if _equal(before, ends[-1]):
             return graph
         _restore_random_states(start)
         if len(ends) >= _TRIES and all(_equal(ends[-1], end) for end in ends[-_TRIES:]):
@@ -57,9 +64,10 @@ def trace(module: nn.Module, *, training: bool, sequences: bool = False) -> fx.G
     raise Untraceable("forward draws random numbers")
 
 
-# The generators are the whole process's, and another thread may draw from them during a trace,
-# which takes a millisecond. A forward that draws moves them by as much every time.
+# The generators are the whole process's, and another thread may draw from them wherever a trace
+# lets Python go on there. A forward that draws moves them by as much every time.
 _TRIES, _MOST_TRIES = 6, 64
+_UNDISTURBED = 1.0  # seconds that other threads' Python code waits, unless this one waits itself
 
 
 def _trace_once(module: nn.Module, training: bool, sequences: bool) -> fx.Graph:
@@ -155,19 +163,18 @@ def _run_on_symbols(probe: nn.Module, sequences: bool) -> fx.Graph:
     def answer(value: object, kinds: Any) -> bool:
         return ask(value, kinds) or (type(value) is _TensorSymbol and issubclass(Tensor, kinds))
 
-    with _tracing.here():
-        ask = builtins.isinstance
-        call, look_up = nn.Module.__call__, nn.Module.__getattr__
-        try:
-            builtins.isinstance = answer
-            return _Tracer(sequences).trace(probe)
-        except BaseException as error:
-            _end_patches(error)
-            raise
-        finally:
-            builtins.isinstance = ask
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            nn.Module.__getattr__ = look_up  # type: ignore[method-assign]
+    ask = builtins.isinstance
+    call, look_up = nn.Module.__call__, nn.Module.__getattr__
+    try:
+        builtins.isinstance = answer
+        return _Tracer(sequences).trace(probe)
+    except BaseException as error:
+        _end_patches(error)
+        raise
+    finally:
+        builtins.isinstance = ask
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        nn.Module.__getattr__ = look_up  # type: ignore[method-assign]
 
 
 def _end_patches(error: BaseException) -> None:

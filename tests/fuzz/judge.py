@@ -213,15 +213,15 @@ class _Comparison:
     def _has_a_layout(self) -> bool:
         """Whether eager PyTorch's strides follow from more than the order of two operands.
 
-        A tensor of one channel is in both memory formats, so that each reader takes its own; and
-        ``identity + y`` of two formats is in that of the first.
+        A tensor of one channel or pixel is in both memory formats, so that each reader takes its
+        own; and ``identity + y`` of two formats is in that of the first.
         """
         case = self.case
+        if 1 in (case.channels, *(c.outputs for c in _convs(case))):
+            return False
         mixed = case.layout != "channels_last" or not case.weights_channels_last
         first = any(p.shortcut == "identity" and p.addition == "reversed" for p in case.parts)
-        return 1 not in (case.channels, *(c.outputs for c in _convs(case))) and not (
-            mixed and first
-        )
+        return not mixed or not (first or _has_one_pixel(case))
 
     def _rounds(self) -> bool:
         """Whether an algorithm that is not exact on whole numbers runs here."""
@@ -234,6 +234,18 @@ class _Comparison:
 
 def _convs(case: BlockCase) -> list[Conv]:
     return [c for p in case.parts for c in (*p.convs, *filter(None, (p.projection,)))]
+
+
+def _has_one_pixel(case: BlockCase) -> bool:
+    """Whether the images that some convolution reads, or the last ones, have a single pixel."""
+    sizes = [(case.height, case.width)]
+    for part in case.parts:
+        for conv in part.convs:
+            sizes.append(conv.size(*sizes[-1]))
+        if part.pool:
+            height, width = sizes[-1]
+            sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
+    return (1, 1) in sizes
 
 
 def _size(tensor: Tensor) -> float:
