@@ -139,7 +139,7 @@ def test_fused_training_is_unfused_training(network: str, optimizer: str) -> Non
 
 # --- an exception anywhere inside fuse() --------------------
 
-PACKAGE = Path(resnet_fused.__file__).parent
+GRAPH = str(Path(resnet_fused.__file__).parent / "graph")
 
 
 class Injected(Exception):
@@ -205,7 +205,7 @@ class Watch:
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename
-        if not file.startswith(str(PACKAGE / "graph")) or frame.f_code.co_name == "<genexpr>":
+        if not file.startswith(GRAPH) or frame.f_code.co_name == "<genexpr>":
             return None  # what a generator raises when it is closed is lost
         self._at(frame.f_code, 0)
         changes = file.endswith("rewrite.py") and frame.f_code.co_name != "remove"

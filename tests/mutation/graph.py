@@ -112,7 +112,7 @@ FAULTS = (
     Fault(
         "forward_that_draws_is_fused",
         _GRAPH + "trace.py",
-        "        if _equal(start, ends[-1]):\n",
+        "        if _equal(before, ends[-1]):\n",
         "        if ends:\n",
         zoo("scaled_by_a_draw"),
         "a random branch frozen",
