@@ -13,16 +13,15 @@ CASES := resnet18:16:fp32 resnet18:1:fp32 resnet50:16:fp32 resnet50:1:fp32 \
 	resnext50_32x4d:16:bf16 wide_resnet50_2:16:bf16
 TRAINING := resnet18:112:fp32 resnet18:224:fp32 resnet50:112:fp32 resnet18:112:bf16
 
-.PHONY: demo test test-triton test-reliability fuzz mutate sanitize sanitize-threads sanitize-cuda lint \
-	format bench gpu clean
+.PHONY: demo test test-triton fuzz mutate sanitize sanitize-threads sanitize-cuda lint format bench \
+	gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/.ready .venv/.cuda
 	$(BIN)/python tests/cuda_on_cpu/build.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
-		$(addprefix --ignore , tests/test_speedup.py $(RELIABILITY))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --ignore tests/test_speedup.py
 	$(MAKE) --no-print-directory test-triton
 	$(BIN)/python -m pytest -q tests/test_speedup.py
 
@@ -33,16 +32,7 @@ test-triton: .venv/.ready
 			tests/test_triton_ops.py tests/test_triton_train.py tests/test_triton_models.py \
 			tests/test_triton_tune.py
 
-# Random networks, hostile arguments, threads, interrupts, failing allocations, repeats, long life.
-RELIABILITY := tests/fuzz $(addprefix tests/test_, bad_api_input.py cuda_hostile_arguments.py \
-	determinism.py hostile_arguments.py interrupts.py long_life.py mutation.py nothing_lost.py \
-	numerics.py out_of_memory.py thread_sanitizer.py threads.py tuning_cache_places.py \
-	tuning_cache_processes.py)
-test-reliability: .venv/.ready .venv/.cuda
-	$(BIN)/python tests/cuda_on_cpu/build.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(RELIABILITY)
-
-# Random networks, any number of them; make test-reliability runs the first thousand of seed 0.
+# Random networks, any number of them; make test runs the first thousand of seed 0.
 N ?= 5000
 SEED ?= 1
 fuzz: .venv/.ready
@@ -57,7 +47,7 @@ sanitize: $(SANITIZED)/.ready
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 		$(BIN)/pytest -q -n auto -p no:cacheprovider $(wildcard $(addprefix tests/test_, \
-			conv_kinds.py head.py max_pool.py ops.py overwrite.py \
+			conv_kinds.py head.py hostile_arguments.py max_pool.py ops.py overwrite.py \
 			packed_conv.py packed_conv_op.py running_statistics.py train_bfloat16.py \
 			train_block.py train_call.py train_conv.py train_pool.py)) \
 		|| { cat $(SANITIZED)/report.*; exit 1; }
@@ -101,7 +91,7 @@ sanitize-cuda: .venv/.ready
 	RESNET_FUSED_CUDA_MODE=asan \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/build/cuda_on_cpu/asan/report \
-		$(CUDA_PYTEST) \
+		$(CUDA_PYTEST) tests/test_cuda_hostile_arguments.py \
 		|| { cat build/cuda_on_cpu/asan/report.*; exit 1; }
 	$(BIN)/python tests/cuda_on_cpu/build.py --mode watch
 	RESNET_FUSED_CUDA_MODE=watch $(CUDA_PYTEST)
