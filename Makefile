@@ -42,7 +42,7 @@ fuzz: .venv/.ready
 SANITIZED := build/sanitized
 sanitize: $(SANITIZED)/.ready
 	rm -f $(SANITIZED)/report.*
-	PYTHONPATH=$(SANITIZED)/lib RESNET_FUSED_POOL_BYTES=0 OMP_NUM_THREADS=1 \
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib RESNET_FUSED_POOL_BYTES=0 OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:log_path=$(CURDIR)/$(SANITIZED)/report \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
@@ -62,7 +62,7 @@ $(SANITIZED)/.ready: .venv/.packages $(SOURCES) $(wildcard resnet_fused/*.py res
 RACES := build/sanitized_threads
 sanitize-threads: $(RACES)/.ready
 	rm -f $(RACES)/report.*
-	PYTHONPATH=$(RACES)/lib OMP_NUM_THREADS=4 MKL_NUM_THREADS=4 \
+	PYTHONPATH=$(CURDIR)/$(RACES)/lib OMP_NUM_THREADS=4 MKL_NUM_THREADS=4 \
 	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	TSAN_OPTIONS="log_path=$(CURDIR)/$(RACES)/report suppressions=$(CURDIR)/tests/thread_sanitizer.supp report_mutex_bugs=0" \
 		$(BIN)/pytest -q -n auto -p no:cacheprovider -k "not child and not workers" \

@@ -113,7 +113,8 @@ DEVICE_INLINE ExpectedLines<kPanel * sizeof(float)> lines_of(const Factors& f, i
            any ? kPanel * static_cast<int64_t>(sizeof(float)) : 0, f.half}};
 }
 
-// sums += product i; meanwhile the next product's weights come in, and other lines.
+// sums += product i, which is added up by itself: one chain of all products would round more often
+// at the size of what cancels. Meanwhile the next product's weights come in, and other lines.
 template <int kRows>
 DEVICE_INLINE void add_product(int64_t i, const Factors& f, int column,
                                ExpectedLines<kPanel * sizeof(float)> lines,
@@ -123,8 +124,10 @@ DEVICE_INLINE void add_product(int64_t i, const Factors& f, int column,
   const float* const after = b + f.half * kPanel;
   ReadAhead ahead{after, kPanel};
   StrassenLines all{lines, f.from_memory ? after + 16 : b, f.from_memory ? kPanel : 0};
-  gemm_add<Floats, kRows>(sums, {a, a + first_half(kRows) * f.row, f.row, 16}, b + column, f.half,
-                          ahead, all);
+  Vector product[kRows][2] = {};
+  gemm_add<Floats, kRows>(product, {a, a + first_half(kRows) * f.row, f.row, 16}, b + column,
+                          f.half, ahead, all);
+  add(product, sums);
 }
 
 // Whether all is finite: an infinity anywhere would spoil both tiles and both halves.
