@@ -593,14 +593,14 @@ def test_same_bits_at_every_number_of_threads(layout: str, backend: str) -> None
     results = []
     for threads in (1, 2, 3, 4, 2):
         torch.set_num_threads(threads)
-        results.append(
-            [
-                *bn_function("relu", backend)[0](*args),
-                *gradients(bn_function("relu", backend)[0], args),
-                functional.scale_shift_act(*args, act="silu", backend=backend),
-                conv_function("grouped", "relu", backend)[0](*conv),
-            ]
-        )
+        result = [
+            *bn_function("relu", backend)[0](*args),
+            *gradients(bn_function("relu", backend)[0], args),
+            functional.scale_shift_act(*args, act="silu", backend=backend),
+        ]
+        if layout != "nchw":  # where the convolution is plain PyTorch's, which does not promise it
+            result.append(conv_function("grouped", "relu", backend)[0](*conv))
+        results.append(result)
     if (
         backend == "reference"
     ):  # plain PyTorch's own sums depend on the threads: what repeats is what is asked

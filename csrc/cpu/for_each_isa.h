@@ -49,6 +49,7 @@ namespace resnet_fused::avx2 {
 #pragma GCC pop_options
 #endif
 
+#if RESNET_FUSED_AVX512
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
@@ -90,6 +91,7 @@ namespace resnet_fused::avx512_bf16 {
 #pragma GCC pop_options
 #endif
 #endif
+#endif  // RESNET_FUSED_AVX512
 
 #undef RESNET_FUSED_F16C
 #undef RESNET_FUSED_VECTOR_BYTES

@@ -302,6 +302,37 @@ def conv_bn_act(
     )
 
 
+def convolution_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input and weight by PyTorch, as far as they are wanted.
+
+    On a CPU those of a 1×1 kernel with a stride are taken of the pixels that it reads: oneDNN's own
+    way to leave out the others writes beyond its memory (torch 2.13: few channels on AVX2, more of
+    them with several threads on AVX-512).
+    """
+    whole, step = input, tuple(stride)
+    point = tuple(weight.shape[2:]) == (1, 1) and not any(padding)
+    skips = point and step != (1, 1) and input.is_cpu and is_channels_last(input)
+    if skips:
+        input, stride = channels_last(input[..., :: step[0], :: step[1]]), (1, 1)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [*wanted, False],
+    )  # fmt: skip
+    if skips and grad_input is not None:
+        read, grad_input = grad_input, torch.zeros_like(whole)
+        grad_input[..., :: step[0], :: step[1]] = read
+    return grad_input, grad_weight
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     """The same values with channels innermost and no gaps, in the strides too."""
     if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():

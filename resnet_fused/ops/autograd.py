@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import reference
+from resnet_fused.backends import onednn, reference
 from resnet_fused.ops import gpu
 from resnet_fused.ops.schema import NAMESPACE, statistics_dtype
 
@@ -117,10 +117,9 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_z, grad_scale, grad_shift, grad_residual = _scale_shift_grads(
         ctx, grad, z, *vectors, residual
     )
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_z, input, weight, None, stride, padding, dilation, False, [0, 0], groups,
-        [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
-    )  # fmt: skip
+    grad_input, grad_weight = onednn.convolution_backward(
+        grad_z, input, weight, stride, padding, dilation, groups, ctx.needs_input_grad[:2]
+    )
     return (
         grad_input,
         grad_weight,

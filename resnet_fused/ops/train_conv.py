@@ -285,9 +285,9 @@ def backward(
             library = (library[0], True)
     if any(library):
         a = tensor_of(source)
-        by_library = torch.ops.aten.convolution_backward(
-            _computed(gradient), a, conv.weight.to(a.dtype), None,
-            conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, [*library, False],
+        by_library: Any = onednn.convolution_backward(
+            _computed(gradient), a, conv.weight.to(a.dtype),
+            conv.stride, conv.padding, conv.dilation, conv.groups, library,
         )  # fmt: skip
         if library[0]:
             grad_input = by_library[0] if residual is None else by_library[0] + residual
