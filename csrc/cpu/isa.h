@@ -8,7 +8,7 @@
 #define RESNET_FUSED_X86 0
 #endif
 
-// RESNET_FUSED_NO_AVX512 halves the time that a build under a sanitizer takes (setup.py).
+// RESNET_FUSED_NO_AVX512 shortens a build under a sanitizer (setup.py).
 #if RESNET_FUSED_X86 && !defined(RESNET_FUSED_NO_AVX512)
 #define RESNET_FUSED_AVX512 1
 #else
