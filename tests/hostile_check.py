@@ -92,11 +92,11 @@ def result_of(operator: Any, arguments: Arguments) -> Any:
 
 
 def accepted(name: str, spoilt: Spoilt) -> bool:
-    """What some operators take although others don't: any dtype, names that are not read, and meta
-    tensors, for which there are kernels of no effect as soon as torch.compile has asked for one.
+    """What some operators take although others don't: any dtype, names that are not read, and a
+    meta tensor where it is the only one.
     """
     if spoilt.kind == "meta":
-        return True
+        return name in ("batch_statistics", "_max_pool2d", "_average_pixels")
     if name == "_pool_clone":
         return TENSORS_OF_OTHER_DTYPES.match(spoilt.kind) is not None
     # A block's names say which kernels run forward, and which backward.

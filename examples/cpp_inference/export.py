@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import resnet_fused
 from resnet_fused import benchmark
 from resnet_fused.backends import native, reference
-from resnet_fused.ops.schema import NAMESPACE, conv_output_size
+from resnet_fused.ops.schema import NAMESPACE, conv_output_size, fake
 
 _ops = torch.ops.resnet_fused
 _NUMBERS = 9  # that _packed_convs is given for each convolution (csrc/cpu/packed_conv.cpp)
@@ -119,7 +119,7 @@ def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_packed_convs")
+@fake("_packed_convs")
 def _(input, residual, packed, weights, scales, shifts, steps, algorithms, acts, slopes, blocks):
     shape, remaining = tuple(input.shape), list(weights)
     for length in blocks:
@@ -133,12 +133,12 @@ def _(input, residual, packed, weights, scales, shifts, steps, algorithms, acts,
     return _channels_last(shape, input)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_average_pixels")
+@fake("_average_pixels")
 def _(input):
     return _channels_last((*input.shape[:2], 1, 1), input)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::_scale_shift_act_")
+@fake("_scale_shift_act_")
 def _(input, scale, shift, residual, act, slope):
     return None
 

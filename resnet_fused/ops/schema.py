@@ -201,7 +201,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     return c != 0 and images >= y * height != c and y >= x * width and x >= c * channels
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+def fake(name: str) -> Callable[[Callable[..., Any]], None]:
     """Registers what an operator does to shapes, dtypes and strides.
 
     It is also what runs as soon as one argument is a meta tensor. Data in another place would be
@@ -224,7 +224,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-@_fake("conv_bn_act")
+@fake("conv_bn_act")
 def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, act, slope):
     channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
     return input.new_empty(
@@ -232,17 +232,17 @@ def _(input, weight, scale, shift, residual, stride, padding, dilation, groups, 
     ).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@_fake("scale_shift_act")
+@fake("scale_shift_act")
 def _(input, scale, shift, residual, act, slope):
     return _like(input)
 
 
-@_fake("_finish_conv_")
+@fake("_finish_conv_")
 def _(input, scale, shift, residual, act, slope):
     return None
 
 
-@_fake("_cuda_conv")
+@fake("_cuda_conv")
 def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
     kernel, stride, padding, dilation = (geometry[i : i + 2] for i in (0, 2, 4, 6))
     like = torch.empty(out_channels, 1, *kernel, device="meta")
@@ -250,7 +250,7 @@ def _(input, weights, scale, shift, residual, out_channels, geometry, *rest):
     return input.new_empty(size).contiguous(memory_format=torch.channels_last)
 
 
-@_fake("_cuda_pack")
+@fake("_cuda_pack")
 def _(weight, groups, columns, turned):
     outputs, channels, height, width = weight.shape
     if turned:
@@ -263,7 +263,7 @@ def _(weight, groups, columns, turned):
     return weight.new_empty(-(-outputs // columns), chunks, height * width, 8, columns, piece)
 
 
-@_fake("_cuda_train_conv")
+@fake("_cuda_train_conv")
 def _(input, vectors, eps, act, slope, weight, bias, geometry, groups, algorithm):
     size = conv_output_size(input.shape, weight, *(geometry[i : i + 2] for i in (0, 2, 4)))
     output = input.new_empty(size).contiguous(memory_format=torch.channels_last)
@@ -271,75 +271,75 @@ def _(input, vectors, eps, act, slope, weight, bias, geometry, groups, algorithm
     return output, mean, torch.empty_like(mean)
 
 
-@_fake("_cuda_train_conv_input")
+@fake("_cuda_train_conv_input")
 def _(grad, z, vectors, eps, act, slope, weight, residual, geometry, algorithm):
     sums = z.new_empty(z.shape[1], dtype=statistics_dtype(z.dtype))
     grad_input = z.new_empty(z.shape).contiguous(memory_format=torch.channels_last)
     return grad_input, sums, torch.empty_like(sums)
 
 
-@_fake("bn_act")
+@fake("bn_act")
 def _(input, residual, weight, bias, eps, act, slope):
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return _like(input), mean, torch.empty_like(mean)
 
 
-@_fake("bn_act_backward")
+@fake("bn_act_backward")
 def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
     grad_residual = _like(input) if has_residual else input.new_empty(0)
     return _like(input), grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@_fake("batch_statistics")
+@fake("batch_statistics")
 def _(input):
     mean = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return mean, torch.empty_like(mean)
 
 
-@_fake("normalize_act")
+@fake("normalize_act")
 def _(input, residual, mean, var, weight, bias, eps, act, slope):
     return _like(input)
 
 
-@_fake("bn_act_backward_sums")
+@fake("bn_act_backward_sums")
 def _(grad, input, residual, output, mean, var, weight, bias, eps, act, slope, has_residual):
     grad_residual = _like(input) if has_residual else input.new_empty(0)
     return grad_residual, torch.empty_like(mean), torch.empty_like(mean)
 
 
-@_fake("bn_act_backward_input")
+@fake("bn_act_backward_input")
 def _(grad, input, mean, var, weight, bias, grad_weight, grad_bias, eps, act, slope, count):
     return _like(input)
 
 
-@_fake("_max_pool2d")
+@fake("_max_pool2d")
 def _(input, kernel_size, stride, padding, dilation):
     return _pooled(input, kernel_size, stride, padding, dilation)
 
 
-@_fake("_train_pool")
+@fake("_train_pool")
 def _(input, vectors, eps, act, slope, window):
     output = _pooled(input, *(window[i : i + 2] for i in (0, 2, 4, 6)))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-@_fake("_train_pool_sums")
+@fake("_train_pool_sums")
 def _(grad, positions, input, vectors, eps, act, slope, window):
     sums = input.new_empty(input.shape[1], dtype=statistics_dtype(input.dtype))
     return sums, torch.empty_like(sums)
 
 
-@_fake("_train_pool_input")
+@fake("_train_pool_input")
 def _(grad, positions, input, vectors, grad_weight, grad_bias, eps, act, slope, window, count):
     return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
 
 
-@_fake("_max_unpool")
+@fake("_max_unpool")
 def _(grad, positions, input, window):
     return input.new_empty(input.shape).contiguous(memory_format=torch.channels_last)
 
 
-@_fake("_update_running_statistics")
+@fake("_update_running_statistics")
 def _(running, counters, batch, factors, momentum):
     return None
 
