@@ -18,7 +18,7 @@ from resnet_fused.graph.observe import Observed, conv_inputs
 from resnet_fused.graph.rewrite import apply, remove
 from resnet_fused.ops import gpu_choice
 from resnet_fused.ops.select import native_unusable
-from resnet_fused.parity import error_budget, relative_error
+from resnet_fused.parity import MORE_DRAWS, Comparison, error_budget, mean, median, relative_error
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -229,6 +229,10 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
     statistics, the worst of which is given. It may be twice eager PyTorch's own error in the same
     dtype, the larger of its errors in the two memory formats, plus one rounding.
 
+    What misses that on these inputs is held by the mean of nine more, in which each value differs
+    from the given one by up to a twentieth; in training by the median, as a ReLU near its corner
+    moves a gradient by any factor.
+
     Args:
         model: fused or not; neither it nor its statistics change.
         inputs: what its forward takes.
@@ -242,25 +246,37 @@ def verify(model: nn.Module, *inputs: Tensor, training: bool = False) -> Verific
     fused = fuse(model)
     eager = unfuse(fused)
     other = unfuse(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    exact = _results(unfuse(fused).double(), [_widened(v) for v in inputs], training)
-    rows = []
-    for ours, theirs, others, truth in zip(
-        _results(fused, inputs, training),
-        _results(eager, inputs, training),
-        _results(other, [_channels_last(v) for v in inputs], training),
-        exact,
-        strict=True,
-    ):
-        eager_error = max(relative_error(theirs, truth), relative_error(others, truth))
-        budget = error_budget(eager_error, ours.dtype)
-        rows.append((relative_error(ours, truth), eager_error, budget))
-    worst = max(rows, key=lambda row: row[0] / row[2], default=(0.0, 0.0, 0.0))
-    return Verification(all(error <= budget for error, _, budget in rows), *worst)
+    exact = unfuse(fused).double()
+
+    def compared(inputs: Sequence[Tensor]) -> list[Comparison]:
+        results = zip(
+            _results(exact, [_widened(v) for v in inputs], training),
+            _results(eager, inputs, training),
+            _results(other, [_channels_last(v) for v in inputs], training),
+            _results(fused, inputs, training),
+            strict=True,
+        )
+        rows = []
+        for truth, theirs, others, ours in results:
+            eager_error = max(relative_error(theirs, truth), relative_error(others, truth))
+            budget = error_budget(eager_error, ours.dtype)
+            rows.append(Comparison(relative_error(ours, truth), eager_error, budget))
+        return rows
+
+    rows = compared(inputs)
+    if not all(row.ok for row in rows) and (training or not any(row.hopeless for row in rows)):
+        draws = [rows, *(compared(_redrawn(inputs, i)) for i in range(MORE_DRAWS))]
+        decides = median if training else mean
+        every = [decides(draws_of_one) for draws_of_one in zip(*draws, strict=True)]
+        rows = [row if row.ok else decided for row, decided in zip(rows, every, strict=True)]
+    worst = max(rows, key=lambda row: row.used, default=Comparison(0.0, 0.0, 0.0))
+    return Verification(all(row.ok for row in rows), *worst)
 
 
 def _results(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> list[Tensor]:
     """The outputs, and in training all gradients as one vector and the running statistics."""
     model.train(training)
+    model.zero_grad()
     with torch.set_grad_enabled(training):
         outputs = list(_tensors(model(*(v.detach().clone() for v in inputs))))
         if not training:
@@ -269,6 +285,17 @@ def _results(model: nn.Module, inputs: Sequence[Tensor], training: bool) -> list
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     statistics = [b for b in model.buffers() if b.is_floating_point()]
     return [o.detach() for o in outputs] + [torch.cat(gradients)] * bool(gradients) + statistics
+
+
+def _redrawn(inputs: Sequence[Tensor], number: int) -> list[Tensor]:
+    """Inputs like the given ones whose roundings are others; whole numbers stay."""
+    generator = torch.Generator().manual_seed(number)
+
+    def factors(value: Tensor) -> Tensor:
+        drawn = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        return (1 + (2 * drawn - 1) / 20).to(value)
+
+    return [v.detach() * factors(v) if v.is_floating_point() else v for v in inputs]
 
 
 def _widened(value: Tensor) -> Tensor:

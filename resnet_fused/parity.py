@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,48 @@ DOUBLE_ROUNDINGS = 64
 no better than what it judges, and sums run in another order. A single step in float32 costs five
 hundred million of them.
 """
+
+MORE_DRAWS = 9
+"""Of what misses its budget. One draw decides nothing where rounding does: of two computations that
+are as exact on average one is sometimes off more than twice as far as the other.
+"""
+
+
+class Comparison(NamedTuple):
+    """The errors of a result and of eager PyTorch's, and what the first may be."""
+
+    error: float
+    eager_error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is in the budget; NaN is not."""
+        return self.error <= self.budget
+
+    @property
+    def used(self) -> float:
+        """How much of the budget is used up, 1 for all of it."""
+        if self.budget > 0:
+            return self.error / self.budget
+        return 0.0 if self.error == 0 else math.inf
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no mean with other draws can be in the budget."""
+        return not self.used <= 1 + MORE_DRAWS
+
+
+def mean(draws: Sequence[Comparison]) -> Comparison:
+    """What decides of several draws."""
+    return Comparison(*(sum(side) / len(draws) for side in zip(*draws, strict=True)))
+
+
+def median(draws: Sequence[Comparison]) -> Comparison:
+    """What decides where one draw may be off by any factor, in eager PyTorch as often: a ReLU near
+    its corner passes a gradient or does not.
+    """
+    return sorted(draws, key=lambda draw: draw.used)[len(draws) // 2]
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:

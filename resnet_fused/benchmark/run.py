@@ -6,15 +6,15 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.parity import error_budget, relative_error
+from resnet_fused.parity import MORE_DRAWS, Comparison, error_budget, mean, relative_error
 
-from .case import BenchmarkError, Case, Result, one_line, out_of_memory
+from .case import BenchmarkError, Case, Mode, Result, one_line, out_of_memory
 from .inputs import random_images
 from .measure import interleave, peak_memory, saved_bytes, tensor_float_32, time_once
 from .peers import TorchVariant, Variant, make_variant
@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 # A ReLU whose argument is zero but for rounding may open in one variant and close in another; one
 # such flip moves a gradient far more than rounding does. So gradients may be judged on so many
 # inputs.
-_GRADIENT_TRIALS = 3
+_TRIALS: dict[Mode, int] = {"inference": 1 + MORE_DRAWS, "training": 3}
 
 _JUDGED_ON_GPU = 8  # images of a batch in inference, where each is computed by itself
 
@@ -37,7 +37,10 @@ class _Entry:
 
     variant: Variant | None = None
     first_call_ms: float | None = None
-    relative_error: float | None = None
+    outputs: list[Comparison] = field(default_factory=list)
+    """Of each trial; their mean decides."""
+    judged: Comparison | None = None
+    """Of the output, in training of the gradient."""
     error: str | None = None
 
 
@@ -111,7 +114,7 @@ def _measure(
         entries[name] = _prepare(name, base, inputs, case)
     for name in variants:
         step(f"checking {name}")
-    budget = _judge(case, base, images, inputs, entries)
+    _judge(case, base, images, inputs, entries)
 
     right = {name: e.variant for name, e in entries.items() if e.variant and e.error is None}
     timings = interleave(
@@ -127,8 +130,8 @@ def _measure(
         result = Result.of(
             case,
             name,
-            relative_error=entry.relative_error,
-            error_budget=budget,
+            relative_error=entry.judged.error if entry.judged else None,
+            error_budget=entry.judged.budget if entry.judged else None,
             first_call_ms=entry.first_call_ms,
             error=entry.error,
         )
@@ -165,10 +168,11 @@ def _prepare(name: str, base: nn.Module, inputs: Tensor, case: Case) -> _Entry:
 
 def _judge(
     case: Case, base: nn.Module, images: Tensor, inputs: Tensor, entries: dict[str, _Entry]
-) -> float:
-    """Fill in every variant's error against float64, refuse the wrong ones, and return the budget.
+) -> None:
+    """Fill in every variant's error against float64, and refuse the wrong ones.
 
-    Later trials are run only while a gradient is off, and only the first one's output counts.
+    Later trials are run only while something is off. The mean of all decides about an output, the
+    best about a gradient.
 
     Args:
         images: of the first trial, float32 on the CPU.
@@ -186,18 +190,17 @@ def _judge(
 
     rows = _judged_rows(case)
     distinct = distinct_images(case.batch_size, inputs.device)
-    trials = _GRADIENT_TRIALS if training else 1
     pending = {name: e.variant for name, e in entries.items() if e.variant is not None}
-    worst = {"output": 0.0, "gradient": 0.0}  # of the baselines
-    for number in range(trials):
+    worst_gradient = 0.0  # of the baselines
+    for number in range(_TRIALS[case.mode]):
         if number > 0:
-            images = random_images(distinct, case.image_size, seed=number)
+            images = random_images(len(images), case.image_size, seed=number)
         batch = repeat_images(images[:distinct], case.batch_size) if training else images
         batch = batch.to(inputs)
         truth = _truth(base, batch[rows], training=training)
-        for variant in baselines.values():
-            for kind, error in _errors(variant.outputs(batch), truth, rows).items():
-                worst[kind] = max(worst[kind], error)
+        of_eager = [_errors(variant.outputs(batch), truth, rows) for variant in baselines.values()]
+        eager = {kind: max(errors[kind] for errors in of_eager) for kind in of_eager[0]}
+        eager["gradient"] = worst_gradient = max(worst_gradient, eager.get("gradient", 0.0))
         for name, variant in list(pending.items()):
             entry = entries[name]
             entry.error = None
@@ -209,20 +212,21 @@ def _judge(
                 entry.error = _reason(failure)
                 del pending[name]
                 continue
-            for kind, error in errors.items():
-                limit = error_budget(worst[kind], dtype)
-                entry.relative_error = error  # in training the gradient's, which comes last
-                # "not <=" refuses NaN too; a wrong output is final, a gradient may have flipped.
-                if not error <= limit:
-                    entry.error = f"wrong {kind}: error {error:.1e}, budget {limit:.1e}"
-                    if kind == "output":
-                        del pending[name]
-                        break
-            if entry.error is None:
+            for kind, error in errors.items():  # in training the gradient's comes last
+                judged = Comparison(error, eager[kind], error_budget(eager[kind], dtype))
+                if kind == "output":
+                    entry.outputs.append(judged)
+                    judged = mean(entry.outputs)
+                entry.judged = judged
+                if not judged.ok:
+                    of_budget = f"error {judged.error:.1e}, budget {judged.budget:.1e}"
+                    entry.error = f"wrong {kind}: {of_budget}"
+                    break
+            # A gradient may have flipped, by any factor.
+            if entry.error is None or (kind == "output" and judged.hopeless):
                 del pending[name]
         if not pending:
             break
-    return error_budget(worst["gradient" if training else "output"], dtype)
 
 
 def _reason(error: Exception) -> str:

@@ -9,24 +9,25 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused.parity import (
+    MORE_DRAWS,
+    Comparison,
     Promise,
     error_budget,
+    mean,
+    median,
     relative_error,
     root_mean_square_error,
 )
 from resnet_fused.policy import POLICIES, precision
 
-DRAWS, MORE_DRAWS = 3, 9
-"""Of each case. One draw decides nothing where rounding does: of two computations that are as exact
-on average one is sometimes off more than twice as far as the other. So the worst draw is shown, and
-what misses its budget is held by the mean of more.
-"""
+DRAWS = 3
+"""Of each case; the worst is shown, and what misses its budget is held by the mean of more."""
 
 Results = dict[str, Sequence[Tensor]]
 """What an operator gives, by name; of a block's gradients there are several of a kind."""
@@ -139,7 +140,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether the error is in the budget."""
-        return self.error <= self.budget
+        return self._comparison.ok
 
     @property
     def ratio(self) -> float | None:
@@ -149,7 +150,11 @@ class Row:
     @property
     def used(self) -> float:
         """How much of the budget is used up, 1 for all of it."""
-        return part_of_budget(self.error, self.budget)
+        return self._comparison.used
+
+    @property
+    def _comparison(self) -> Comparison:
+        return Comparison(self.error, self.eager_error, self.budget)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON has it: an error without bounds becomes null."""
@@ -167,23 +172,6 @@ class Row:
         return cls(**own)
 
 
-def part_of_budget(error: float, budget: float) -> float:
-    """1 where it is used up."""
-    if budget > 0:
-        return error / budget
-    return 0.0 if error == 0 else math.inf
-
-
-class _Measured(NamedTuple):
-    error: float
-    eager_error: float
-    budget: float
-
-    @property
-    def used(self) -> float:
-        return part_of_budget(self.error, self.budget)
-
-
 def measure(
     variants: Sequence[Variant], *, draws: int = DRAWS, progress: Progress = lambda *_: None
 ) -> list[Row]:
@@ -191,7 +179,7 @@ def measure(
     rows: list[Row] = []
     for done, variant in enumerate(variants):
         progress(done, len(variants), f"measuring {variant.operator}")
-        worst: dict[str, tuple[_Measured, str]] = {}
+        worst: dict[str, tuple[Comparison, str]] = {}
         for case in variant.cases:
             for name, measured in _measure(variant.promise, case, draws).items():
                 if name not in worst or measured.used > worst[name][0].used:
@@ -207,7 +195,7 @@ def measure(
     return rows
 
 
-def _measure(promise: Promise, case: Case, draws: int) -> dict[str, _Measured]:
+def _measure(promise: Promise, case: Case, draws: int) -> dict[str, Comparison]:
     """Of each result the worst draw; of those that miss their budget the mean of more draws, where
     there are corners the median.
     """
@@ -216,14 +204,13 @@ def _measure(promise: Promise, case: Case, draws: int) -> dict[str, _Measured]:
     if all(measured.used <= 1 for measured in worst.values()):
         return worst
     found += [_errors(promise, case, number) for number in range(draws, draws + MORE_DRAWS)]
+    decides = median if case.cornered else mean
     for name in [name for name, measured in worst.items() if measured.used > 1]:
-        every = sorted((f[name] for f in found), key=lambda m: m.used)
-        mean = _Measured(*(sum(side) / len(every) for side in zip(*every, strict=True)))
-        worst[name] = every[len(every) // 2] if case.cornered else mean
+        worst[name] = decides([f[name] for f in found])
     return worst
 
 
-def _errors(promise: Promise, case: Case, number: int) -> dict[str, _Measured]:
+def _errors(promise: Promise, case: Case, number: int) -> dict[str, Comparison]:
     """One draw's; of several tensors of a kind the worst."""
     of_policy = promise in POLICIES
     error_of = root_mean_square_error if of_policy else relative_error
@@ -236,7 +223,7 @@ def _errors(promise: Promise, case: Case, number: int) -> dict[str, _Measured]:
             eager = max(error_of(results[name][i], truth) for results in draw.eager)
             judged = math.isfinite(eager)  # nothing is right beside what is itself no number
             budget = error_budget(eager, ours.dtype, promise) if judged else 0.0
-            every.append(_Measured(error_of(ours, truth), eager, budget))
+            every.append(Comparison(error_of(ours, truth), eager, budget))
         found[name] = max(every, key=lambda m: m.used)
     return found
 
