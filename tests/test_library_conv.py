@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_parity, assert_same_layout
+from tolerance import assert_parity
 from torch import Tensor
 
 from resnet_fused.backends.onednn import convolution_backward
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+C, L = torch.contiguous_format, torch.channels_last
+LAYOUTS = {  # of input, weight and gradient
+    "contiguous": (C, C, C), "channels_last": (L, L, L), "weight": (C, L, C), "input": (L, C, C),
+}  # fmt: skip
+SIZES = ((12, 10), (10, 1), (1, 10), (2, 2))
 GEOMETRIES = {
     # kernel, stride, padding, dilation, groups: what is taken of the pixels that are read
     "projection": (1, (2, 2), 0, 1, 1),
@@ -30,18 +36,18 @@ GEOMETRIES = {
 @pytest.mark.parametrize("channels", [2, 4, 6, 16])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_gradients(geometry: str, channels: int, layout: str, dtype: torch.dtype) -> None:
-    """Of images whose last rows and columns some strides do not reach; of whole numbers, so that
-    sums are exact in any order.
+    """Of images whose last rows and columns some strides do not reach, and of one row or column,
+    whose strides say nothing; of whole numbers, so that sums are exact in any order.
     """
     kernel, stride, padding, dilation, groups = GEOMETRIES[geometry]
     generator = torch.Generator().manual_seed(0)
-    format = LAYOUTS[layout]
 
-    def whole(*shape: int) -> Tensor:
+    def whole(shape: Sequence[int], format: torch.memory_format) -> Tensor:
         drawn = torch.randint(-2, 3, shape, generator=generator).to(dtype)
         return drawn.contiguous(memory_format=format)
 
-    x, w = whole(3, channels, 12, 10), whole(8, channels // groups, kernel, kernel)
+    of_input, of_weight, of_grad = LAYOUTS[layout]
+    w = whole((8, channels // groups, kernel, kernel), of_weight)
     options = (list(stride), [padding] * 2, [dilation] * 2, groups)
 
     def plain(x: Tensor, w: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
@@ -49,19 +55,19 @@ def test_gradients(geometry: str, channels: int, layout: str, dtype: torch.dtype
         leaves = x.contiguous().requires_grad_(), w.contiguous().requires_grad_()
         return torch.autograd.grad(F.conv2d(*leaves, None, *options), leaves, gy.contiguous())
 
-    gy = whole(*F.conv2d(x, w, None, *options).shape)
-    ours = convolution_backward(gy, x, w, *options, wanted=(True, True))
-    eager = plain(x, w, gy)
-    truth = plain(x.double(), w.double(), gy.double())
-    for name, mine, theirs, exact in zip(("input", "weight"), ours, eager, truth, strict=True):
-        assert mine is not None
-        assert_parity(mine, theirs, exact, what=f"gradient of {name}")
-    assert_same_layout(ours[0], x, what="gradient of input")
-    alone = [
-        convolution_backward(gy, x, w, *options, wanted=w_) for w_ in ((True, False), (False, True))
-    ]
-    assert alone[0][1] is None and alone[1][0] is None
-    assert torch.equal(alone[0][0], ours[0]) and torch.equal(alone[1][1], ours[1])
+    for size in SIZES:
+        x = whole((3, channels, *size), of_input)
+        gy = whole(F.conv2d(x, w, None, *options).shape, of_grad)
+        ours = convolution_backward(gy, x, w, *options, wanted=(True, True))
+        eager = plain(x, w, gy)
+        truth = plain(x.double(), w.double(), gy.double())
+        for name, mine, theirs, exact in zip(("input", "weight"), ours, eager, truth, strict=True):
+            assert mine is not None
+            assert_parity(mine, theirs, exact, what=f"gradient of {name}, {size}")
+        for wanted in ((True, False), (False, True)):
+            alone = convolution_backward(gy, x, w, *options, wanted=wanted)
+            for one, both, asked in zip(alone, ours, wanted, strict=True):
+                assert torch.equal(one, both) if asked else one is None
 
 
 def test_pixels_that_are_not_read_have_no_gradient() -> None:

@@ -320,7 +320,8 @@ def convolution_backward(
     """
     whole, step = input, tuple(stride)
     point = tuple(weight.shape[2:]) == (1, 1) and not any(padding)
-    skips = point and step != (1, 1) and input.is_cpu and is_channels_last(input)
+    last = is_channels_last(input) or is_channels_last(weight)  # PyTorch's rule as well
+    skips = point and step != (1, 1) and input.is_cpu and last
     if skips:
         input, stride = channels_last(input[..., :: step[0], :: step[1]]), (1, 1)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -334,15 +335,17 @@ def convolution_backward(
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The same values with channels innermost and no gaps, in the strides too."""
-    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+    """The same values with channels innermost and no gaps.
+
+    In the strides of dimensions of one too, which are any number in a view and in PyTorch's eyes
+    right: the library goes by them, and reads and writes elsewhere.
+    """
+    _, c, h, w = tensor.shape
+    strides = c * h * w, 1, c * w, c
+    if tensor.stride() == strides:
         return tensor
     tensor = tensor.contiguous(memory_format=torch.channels_last)
-    if is_channels_last(tensor):
-        return tensor
-    # One channel or one pixel: both layouts hold, and the library goes by the strides.
-    _, c, h, w = tensor.shape
-    return tensor.as_strided(tensor.shape, (c * h * w, 1, c * w, c))
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")

@@ -27,6 +27,7 @@ DRAWS = (9, 45)
 FEW = 16
 CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
 EXACT_ACTS = ("none", "relu", "relu6")
+IN_PLACE = "modified by an inplace operation"
 ROUNDING_ALGORITHM = "winograd"
 """Whose transforms multiply by 16/9."""
 
@@ -55,8 +56,11 @@ def judge(case: BlockCase) -> Verdict:
     One draw decides nothing where rounding does: of two computations that are as exact on average
     one is sometimes off more than twice as far as the other. A case that misses its budget once is
     held by the mean of other draws; by their median where one draw may be off by any factor, in
-    eager PyTorch as often: a ReLU near its corner passes a gradient or does not, and the sum that a
-    few numbers are may be nearly zero.
+    eager PyTorch as often: a ReLU near its corner passes a gradient or does not, the variance of a
+    few values or the sum that a few numbers are may be nearly zero.
+
+    The default policy lets a training step use Winograd's convolution. A step that misses its
+    budget so has to stay below what the policy admits, and in its budget under the strict one.
 
     Raises:
         AssertionError: the fused network is wrong.
@@ -66,23 +70,42 @@ def judge(case: BlockCase) -> Verdict:
     if verdict.ratio <= 1:
         return verdict
     over = f"{verdict.what} was at {verdict.ratio:.2f} of its budget"
-    corners = case.mode != "eval" and any(c.act in CORNERED for c in _convs(case))
+    if case.fill == "integer" and comparison.rounds():
+        case = replace(case, fill="random")  # where eager PyTorch rounds as well
+    try:
+        ratio = _hold_by_draws(case, over, by_policy=False)
+    except AssertionError:
+        if case.mode == "eval" or (case.dtype, case.policy) != ("float32", "default"):
+            raise
+        judge(replace(case, policy="strict"))
+        ratio = _hold_by_draws(case, over, by_policy=True)
+    return replace(verdict, ratio=ratio, by_draws=True)
+
+
+def _hold_by_draws(case: BlockCase, over: str, *, by_policy: bool) -> float:
+    """The median draw's ratio.
+
+    Raises:
+        AssertionError: the fused network is wrong.
+    """
+    tails = case.mode != "eval" and any(c.act in CORNERED for c in _convs(case))
+    tails = tails or (case.mode == "train" and _fewest_pixels(case) * case.batch < FEW)
     draws: list[_Comparison] = []
     for count in DRAWS:
         seeds = [case.seed + 1_000_003 * (i + 1) for i in range(len(draws), count)]
-        draws += [_Comparison(replace(case, seed=seed)) for seed in seeds]
+        draws += [_Comparison(replace(case, seed=seed), by_policy) for seed in seeds]
         try:
-            for name, ours in comparison.ours.tensors.items():
+            for name, ours in draws[0].ours.tensors.items():
                 rows = [draw.rows[name] for draw in draws if name in draw.rows]
-                if corners or ours.numel() < FEW:
+                if rows and (tails or ours.numel() < FEW):
                     rows = [sorted(rows, key=_ratio)[len(rows) // 2]]
-                assert_mean(rows, ours, what=f"{name} ({over})")
+                if rows:
+                    assert_mean(rows, ours, what=f"{name} ({over})")
             break
         except AssertionError:
             if count == DRAWS[-1]:
                 raise
-    ratio = sorted(draw.verdict.ratio for draw in draws)[len(draws) // 2]
-    return replace(verdict, ratio=ratio, by_draws=True)
+    return sorted(draw.verdict.ratio for draw in draws)[len(draws) // 2]
 
 
 def _ratio(row: Measured) -> float:
@@ -94,6 +117,8 @@ class _Comparison:
     """One draw of a case, run three ways."""
 
     case: BlockCase
+    by_policy: bool = False
+    """Whether a training step is held to what the policy admits."""
     rows: dict[str, Measured] = field(default_factory=dict)
     verdict: Verdict = field(default_factory=Verdict)
 
@@ -126,6 +151,9 @@ class _Comparison:
         self.ours = run(case, self.fused, self.base)
         if (error := self.eager.error) is not None:
             got = self.ours.error
+            if got is None and IN_PLACE in str(error):  # a fused step saves less, or its own copy
+                self.verdict.refused = True
+                return
             assert type(got) is type(error), f"eager raises {error!r}, fused gives {got!r}"
             if case.mode != "train":
                 state = self.plain.state_dict()
@@ -171,8 +199,9 @@ class _Comparison:
             if name == "output" and self._has_a_layout():
                 assert_same_layout(ours, eager, what=name)
             if self._must_be_exact(name):
-                self.verdict.exact = True
-                assert torch.equal(ours.double(), exact.double()) or self._rounds(), (
+                same = torch.equal(ours.double(), exact.double())
+                self.verdict.exact = same
+                assert same or self.rounds(), (
                     f"{name}: eager is exact, fused is off by "
                     f"{(ours.double() - exact).abs().max().item():.3e}"
                 )
@@ -196,8 +225,9 @@ class _Comparison:
         self, name: str, ours: Tensor, eager: Tensor, exact: Tensor, scale: float | None
     ) -> Measured:
         admits = self.case.dtype == "float32" and self.case.policy == "default"
-        if admits and self.case.mode == "eval" and name == "output":
-            return measured_by_policy(ours, eager, exact, "default", what=name)
+        of_step = self.by_policy and name.startswith("gradient")
+        if admits and (of_step or (self.case.mode == "eval" and name == "output")):
+            return measured_by_policy(ours, eager, exact, "default", what=name, scale=scale)
         return measured(ours, eager, exact, what=name, scale=scale)
 
     def _must_be_exact(self, name: str) -> bool:
@@ -214,18 +244,22 @@ class _Comparison:
         """Whether eager PyTorch's strides follow from more than the order of two operands.
 
         A tensor of one channel or pixel is in both memory formats, so that each reader takes its
-        own; and ``identity + y`` of two formats is in that of the first.
+        own; a sum of two formats is in that of the first, which is the identity where that is
+        written first, and the projection where the addition is fused to it.
         """
         case = self.case
         if 1 in (case.channels, *(c.outputs for c in _convs(case))):
             return False
         mixed = case.layout != "channels_last" or not case.weights_channels_last
-        first = any(p.shortcut == "identity" and p.addition == "reversed" for p in case.parts)
-        return not mixed or not (first or _has_one_pixel(case))
+        first = any(
+            p.shortcut == "projection" or (p.shortcut == "identity" and p.addition == "reversed")
+            for p in case.parts
+        )
+        return not mixed or not (first or _fewest_pixels(case) == 1)
 
-    def _rounds(self) -> bool:
+    def rounds(self) -> bool:
         """Whether an algorithm that is not exact on whole numbers runs here."""
-        if self.case.mode != "eval":
+        if self.case.mode != "eval" or self.verdict.refused:
             return False
         with settings(self.case):
             entries = explain(self.fused, self.case.input(self.base)).entries
@@ -236,8 +270,8 @@ def _convs(case: BlockCase) -> list[Conv]:
     return [c for p in case.parts for c in (*p.convs, *filter(None, (p.projection,)))]
 
 
-def _has_one_pixel(case: BlockCase) -> bool:
-    """Whether the images that some convolution reads, or the last ones, have a single pixel."""
+def _sizes(case: BlockCase) -> list[tuple[int, int]]:
+    """Of the images that go in, and that come out of each convolution and pool."""
     sizes = [(case.height, case.width)]
     for part in case.parts:
         for conv in part.convs:
@@ -245,7 +279,12 @@ def _has_one_pixel(case: BlockCase) -> bool:
         if part.pool:
             height, width = sizes[-1]
             sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
-    return (1, 1) in sizes
+    return sizes
+
+
+def _fewest_pixels(case: BlockCase) -> int:
+    """Of an image anywhere in the network."""
+    return min(math.prod(size) for size in _sizes(case))
 
 
 def _size(tensor: Tensor) -> float:
