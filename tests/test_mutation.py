@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from mutation.catalogue import AREAS
 from mutation.fault import Fault
-from mutation.run import ROOT, Result, explained, files_of, passes, select, summary, write
+from mutation.run import (
+    ROOT,
+    Result,
+    explained,
+    files_of,
+    passes,
+    run_here,
+    select,
+    summary,
+    write,
+)
 from mutation.scratch import Scratch
 
 FAULTS = {fault.name: fault for area in AREAS.values() for fault in area.faults}
@@ -155,6 +165,14 @@ def test_selection() -> None:
     name = AREAS["triton"].faults[0].name
     assert select([name], None) == {"triton": [AREAS["triton"].faults[0]]}
     assert select([name], "cpu") == {}
+
+
+def test_what_a_processor_cannot_show_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, narrow = (Fault(n, "a", "x", "y", (), "", needs) for n, needs in (("p", ""), ("n", "z")))
+    chosen = {"cpu": [plain, narrow], "cuda": [plain], "graph": [narrow]}
+    assert run_here(chosen, ["z"]) == chosen and not capsys.readouterr().out
+    assert run_here(chosen, []) == {"cpu": [plain], "cuda": [plain]}
+    assert capsys.readouterr().out == "left out: n needs z\n" * 2
 
 
 def test_what_passes() -> None:

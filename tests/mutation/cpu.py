@@ -96,6 +96,7 @@ FAULTS = (
 """,
         ("tests/test_packed_conv_op.py::test_bfloat16_is_rounded_once",),
         "bfloat16 rounding before the sum instead of after",
+        needs="avx512_bf16",
     ),
     Fault(
         "direct_conv_loses_the_last_row",

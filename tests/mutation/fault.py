@@ -15,6 +15,7 @@ class Fault:
     after: str
     tests: tuple[str, ...]  # what pytest is given
     why: str  # the bug that it stands for
+    needs: str = ""  # the processor's feature without which the tests skip
 
     def plant(self, text: str) -> str:
         """The file's text with the fault in it.

@@ -138,6 +138,18 @@ def select(names: Sequence[str], area: str | None) -> dict[str, list[Fault]]:
     return {kind: faults for kind, faults in chosen.items() if faults}
 
 
+def run_here(chosen: dict[str, list[Fault]], features: Sequence[str]) -> dict[str, list[Fault]]:
+    """Without the faults that no test can notice on this processor; says which these are."""
+    for fault in (f for faults in chosen.values() for f in faults):
+        if fault.needs and fault.needs not in features:
+            print(f"left out: {fault.name} needs {fault.needs}", flush=True)
+    left = {
+        area: [f for f in faults if not f.needs or f.needs in features]
+        for area, faults in chosen.items()
+    }
+    return {area: faults for area, faults in left.items() if faults}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Plant, print the score, write JSON."""
     parser = argparse.ArgumentParser(description="Plant faults and see whether tests catch them.")
@@ -163,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for fault in faults:
                 print(f"{area:6} {fault.name}: {fault.why} ({fault.file})")
         return 0
+    chosen = run_here(chosen, benchmark.environment()["cpu_features"])
     writing = threading.Lock()
 
     def record(result: Result) -> None:
