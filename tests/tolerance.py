@@ -126,10 +126,11 @@ def assert_mean_parity(draws: Sequence[Sequence[Tensor]], *, what: str = "result
     assert_mean(rows, draws[0][0], what=what)
 
 
-def assert_mean(rows: Sequence[Measured], actual: Tensor, *, what: str = "result") -> None:
-    """Hold the mean error to the mean budget; `actual` is one of the results."""
+def assert_mean(rows: Sequence[Measured], actual: Tensor, *, what: str = "result") -> Measured:
+    """Hold the mean error to the mean budget; `actual` is one of the results. Returns the means."""
     mean = Measured(*(sum(side) / len(rows) for side in zip(*rows, strict=True)))
     _hold(mean, actual, f"{what}, mean of {len(rows)} draws")
+    return mean
 
 
 def _hold(row: Measured, actual: Tensor, what: str) -> None:

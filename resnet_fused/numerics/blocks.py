@@ -17,8 +17,8 @@ from resnet_fused.api import fuse
 from resnet_fused.parity import Promise
 
 from .block import BlockCase, Conv, Outcome, Part, double, run
-from .draw import CORNERS, size_text
-from .eager import library_is_wrong, ways
+from .draw import size_text
+from .eager import FEW, convolutions, has_tails, library_is_wrong, ways
 from .measure import Draw, Results, Variant, without_onednn
 
 WORST = Path(__file__).parent / "worst_cases.json"
@@ -65,9 +65,9 @@ class NetworkCase:
 
     @cached_property
     def cornered(self) -> bool:
-        """In training through an activation with one."""
-        convs = (c for part in self.case.parts for c in (*part.convs, part.projection) if c)
-        return self.case.mode != "eval" and any(conv.act in CORNERS for conv in convs)
+        """In training through an activation with one, or with few values; or tensors of few."""
+        few = any(conv.outputs < FEW for conv in convolutions(self.case))
+        return has_tails(self.case) or (few and self.case.mode != "eval")
 
     def draw(self, number: int, in_force: AbstractContextManager[object]) -> Draw:
         """The case with its seed moved on."""

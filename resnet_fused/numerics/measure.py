@@ -196,35 +196,47 @@ def measure(
 
 
 def _measure(promise: Promise, case: Case, draws: int) -> dict[str, Comparison]:
-    """Of each result the worst draw; of those that miss their budget the mean of more draws, where
-    there are corners the median.
+    """Of each result the worst tensor in its worst draw; of those that miss their budget in the
+    mean of more draws, where there are corners in the median.
     """
     found = [_errors(promise, case, number) for number in range(draws)]
-    worst = {name: max((f[name] for f in found), key=lambda m: m.used) for name in found[0]}
-    if all(measured.used <= 1 for measured in worst.values()):
+    worst = {name: _worst(found, name, lambda every: max(every, key=_used)) for name in found[0]}
+    if all(measured.ok for measured in worst.values()):
         return worst
     found += [_errors(promise, case, number) for number in range(draws, draws + MORE_DRAWS)]
-    decides = median if case.cornered else mean
-    for name in [name for name, measured in worst.items() if measured.used > 1]:
-        worst[name] = decides([f[name] for f in found])
+    for name in [name for name, measured in worst.items() if not measured.ok]:
+        worst[name] = _worst(found, name, median if case.cornered else mean)
     return worst
 
 
-def _errors(promise: Promise, case: Case, number: int) -> dict[str, Comparison]:
-    """One draw's; of several tensors of a kind the worst."""
+def _worst(
+    draws: Sequence[dict[str, list[Comparison]]],
+    name: str,
+    decides: Callable[[Sequence[Comparison]], Comparison],
+) -> Comparison:
+    """The worst tensor of a result, each by what decides of its draws."""
+    of_tensors = zip(*(draw[name] for draw in draws), strict=True)
+    return max((decides(every) for every in of_tensors), key=_used)
+
+
+def _used(measured: Comparison) -> float:
+    return measured.used
+
+
+def _errors(promise: Promise, case: Case, number: int) -> dict[str, list[Comparison]]:
+    """One draw's, of each tensor."""
     of_policy = promise in POLICIES
     error_of = root_mean_square_error if of_policy else relative_error
     draw = case.draw(number, precision(promise) if of_policy else contextlib.nullcontext())
-    found = {}
+    found: dict[str, list[Comparison]] = {}
     for name, tensors in draw.ours.items():
-        every = []
+        found[name] = every = []
         for i, ours in enumerate(tensors):
             truth = draw.truth[name][i]
             eager = max(error_of(results[name][i], truth) for results in draw.eager)
             judged = math.isfinite(eager)  # nothing is right beside what is itself no number
             budget = error_budget(eager, ours.dtype, promise) if judged else 0.0
             every.append(Comparison(error_of(ours, truth), eager, budget))
-        found[name] = max(every, key=lambda m: m.used)
     return found
 
 

@@ -37,6 +37,8 @@ REGRESSIONS = HERE / "regressions"
 CHUNK = 200
 SECONDS = 300
 """For one case, however busy the machine: more is a hang."""
+SHRINK_SECONDS = 120
+"""For making a failing case smaller; what is the smallest by then is kept."""
 
 
 def main(arguments: list[str]) -> int:
@@ -138,8 +140,6 @@ class _Run:
 
     def report(self, worst: Path | None) -> int:
         """Print what came of it, keep what failed; returns the exit status."""
-        for number, why in self.failures.items():
-            keep(draw(self.seed, number), f"seed {self.seed}, case {number}", why)
         counts: Counter[str] = Counter()
         for verdict in self.verdicts.values():
             for kind in ("exact", "refused", "by_draws", "library_wrong"):
@@ -163,6 +163,9 @@ class _Run:
             print(f"  {row['dtype']:9} {row['mode']:9} {row['ratio']:.2f} of the budget: {number}")
         if worst is not None:
             worst.write_text(json.dumps(rows, indent=1) + "\n")
+        sys.stdout.flush()
+        for number, why in self.failures.items():
+            keep(draw(self.seed, number), f"seed {self.seed}, case {number}", why)
         return 1 if self.failures else 0
 
 
@@ -188,11 +191,12 @@ def reproducer(seed: int, number: int) -> str:
 def keep(case: BlockCase, name: str, why: str) -> None:
     """Make a failing case smaller, and have every later test run try it."""
     if why.startswith("AssertionError"):
-        case = shrink(case, lambda simpler: _fails_alike(simpler, why))
+        last = time.monotonic() + SHRINK_SECONDS
+        case = shrink(case, lambda simpler: time.monotonic() < last and _fails_alike(simpler, why))
     file = REGRESSIONS / f"{name.replace(', case ', '-').replace('seed ', '')}.json"
     text = json.dumps({"found": name, "failure": why, "case": case.to_dict()}, indent=1)
     file.write_text(text + "\n")
-    print(f"kept in {file}")
+    print(f"kept in {file}", flush=True)
 
 
 KINDS = ("NaN or Inf", "relative error", "strides", "is exact", "the bits", "raises", "changed")

@@ -17,15 +17,20 @@ from tolerance import (
 from torch import Tensor
 
 from resnet_fused import explain, fuse, unfuse
-from resnet_fused.numerics.block import BlockCase, Conv, Outcome, double, run, settings
-from resnet_fused.numerics.eager import library_is_wrong, ways
+from resnet_fused.numerics.block import BlockCase, Outcome, double, run, settings
+from resnet_fused.numerics.eager import (
+    FEW,
+    convolutions,
+    fewest_pixels,
+    has_tails,
+    library_is_wrong,
+    ways,
+)
 from resnet_fused.numerics.measure import without_onednn
 
 DRAWS = (9, 45)
 """Of a case that has missed its budget once; and of one whose means are over it then."""
 
-FEW = 16
-CORNERED = ("relu", "relu6", "leaky_relu", "hardswish")
 EXACT_ACTS = ("none", "relu", "relu6")
 IN_PLACE = "modified by an inplace operation"
 ROUNDING_ALGORITHM = "winograd"
@@ -65,7 +70,12 @@ def judge(case: BlockCase) -> Verdict:
     Raises:
         AssertionError: the fused network is wrong.
     """
-    comparison = _Comparison(case)
+    try:
+        comparison = _Comparison(case)
+    except AssertionError as error:
+        if not _hangs_on_a_sign(case, str(error)):
+            raise
+        return Verdict(by_draws=True)
     verdict = comparison.verdict
     if verdict.ratio <= 1:
         return verdict
@@ -82,30 +92,53 @@ def judge(case: BlockCase) -> Verdict:
     return replace(verdict, ratio=ratio, by_draws=True)
 
 
+def _hangs_on_a_sign(case: BlockCase, error: str) -> bool:
+    """Whether an infinite gradient is of the other kind by luck: in a narrow dtype rounding decides
+    whether a sum near zero by which an infinite value is multiplied is below it, above it or it.
+
+    Then most of other draws are right.
+    """
+    if "NaN or Inf differ" not in error or case.fill != "special" or case.mode == "eval":
+        return False
+    if "gradient" not in error or case.dtype in ("float32", "float64"):
+        return False
+    right = 0
+    for i in range(DRAWS[0]):
+        try:
+            _Comparison(replace(case, seed=_seed(case, i)))
+            right += 1
+        except AssertionError:
+            pass
+    return right > DRAWS[0] // 2
+
+
+def _seed(case: BlockCase, draw: int) -> int:
+    return case.seed + 1_000_003 * (draw + 1)
+
+
 def _hold_by_draws(case: BlockCase, over: str, *, by_policy: bool) -> float:
-    """The median draw's ratio.
+    """What decided: the largest ratio of a tensor's mean or median.
 
     Raises:
         AssertionError: the fused network is wrong.
     """
-    tails = case.mode != "eval" and any(c.act in CORNERED for c in _convs(case))
-    tails = tails or (case.mode == "train" and _fewest_pixels(case) * case.batch < FEW)
     draws: list[_Comparison] = []
     for count in DRAWS:
-        seeds = [case.seed + 1_000_003 * (i + 1) for i in range(len(draws), count)]
-        draws += [_Comparison(replace(case, seed=seed), by_policy) for seed in seeds]
+        numbers = range(len(draws), count)
+        draws += [_Comparison(replace(case, seed=_seed(case, i)), by_policy) for i in numbers]
+        ratios = [0.0]
         try:
             for name, ours in draws[0].ours.tensors.items():
                 rows = [draw.rows[name] for draw in draws if name in draw.rows]
-                if rows and (tails or ours.numel() < FEW):
+                if rows and (has_tails(case) or ours.numel() < FEW):
                     rows = [sorted(rows, key=_ratio)[len(rows) // 2]]
                 if rows:
-                    assert_mean(rows, ours, what=f"{name} ({over})")
+                    ratios.append(_ratio(assert_mean(rows, ours, what=f"{name} ({over})")))
             break
         except AssertionError:
             if count == DRAWS[-1]:
                 raise
-    return sorted(draw.verdict.ratio for draw in draws)[len(draws) // 2]
+    return max(ratios)
 
 
 def _ratio(row: Measured) -> float:
@@ -236,7 +269,7 @@ class _Comparison:
         return (
             case.fill == "integer"
             and case.mode != "train"
-            and all(c.act in EXACT_ACTS and c.norm != "untracked" for c in _convs(case))
+            and all(c.act in EXACT_ACTS and c.norm != "untracked" for c in convolutions(case))
             and torch.equal(eager.double(), self.reference.tensors[name].double())
         )
 
@@ -248,14 +281,14 @@ class _Comparison:
         written first, and the projection where the addition is fused to it.
         """
         case = self.case
-        if 1 in (case.channels, *(c.outputs for c in _convs(case))):
+        if 1 in (case.channels, *(c.outputs for c in convolutions(case))):
             return False
         mixed = case.layout != "channels_last" or not case.weights_channels_last
         first = any(
             p.shortcut == "projection" or (p.shortcut == "identity" and p.addition == "reversed")
             for p in case.parts
         )
-        return not mixed or not (first or _fewest_pixels(case) == 1)
+        return not mixed or not (first or fewest_pixels(case) == 1)
 
     def rounds(self) -> bool:
         """Whether an algorithm that is not exact on whole numbers runs here."""
@@ -264,27 +297,6 @@ class _Comparison:
         with settings(self.case):
             entries = explain(self.fused, self.case.input(self.base)).entries
         return any(ROUNDING_ALGORITHM in e.backend for e in entries)
-
-
-def _convs(case: BlockCase) -> list[Conv]:
-    return [c for p in case.parts for c in (*p.convs, *filter(None, (p.projection,)))]
-
-
-def _sizes(case: BlockCase) -> list[tuple[int, int]]:
-    """Of the images that go in, and that come out of each convolution and pool."""
-    sizes = [(case.height, case.width)]
-    for part in case.parts:
-        for conv in part.convs:
-            sizes.append(conv.size(*sizes[-1]))
-        if part.pool:
-            height, width = sizes[-1]
-            sizes.append(((height - 1) // 2 + 1, (width - 1) // 2 + 1))
-    return sizes
-
-
-def _fewest_pixels(case: BlockCase) -> int:
-    """Of an image anywhere in the network."""
-    return min(math.prod(size) for size in _sizes(case))
 
 
 def _size(tensor: Tensor) -> float:

@@ -63,7 +63,7 @@ CASE = BlockCase(
 )
 
 
-@pytest.mark.parametrize("fault", ["halo", "nan", "raises", "state", "strides"])
+@pytest.mark.parametrize("fault", ["halo", "nan", "nan gradient", "raises", "state", "strides"])
 def test_faults_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guard of this folder: what is planted behind fuse() is found."""
     import judge as judged
@@ -73,6 +73,9 @@ def test_faults_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
         if fault == "state":
             with torch.no_grad():
                 next(fused.parameters()).mul_(1.0001)
+        if fault == "nan gradient":
+            for parameter in fused.parameters():
+                parameter.register_hook(torch.nan_to_num)
         forward = fused.forward
 
         def broken(x: Tensor) -> Tensor:
@@ -89,7 +92,9 @@ def test_faults_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
         return fused
 
     fuse = judged.fuse
-    case = replace(CASE, fill="special") if fault == "nan" else CASE
+    case = replace(CASE, fill="special") if "nan" in fault else CASE
+    if fault == "nan gradient":
+        case = replace(case, dtype="bfloat16", mode="eval_grad")
     judge(case)
     monkeypatch.setattr(judged, "fuse", faulty)
     with pytest.raises(AssertionError):
