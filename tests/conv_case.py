@@ -28,6 +28,7 @@ from resnet_fused.backends.native_conv import (
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 ALGORITHMS = ("direct", "winograd2", "winograd3", "winograd4", "winograd4_late")
 INF, NAN = float("inf"), float("nan")
+Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Case:
     algorithm: str
     shape: tuple[int, int, int, int]
     outputs: int
-    kernel: int = 3
-    stride: int = 1
-    padding: int = 1
-    dilation: int = 1
+    kernel: Size = 3
+    stride: Size = 1
+    padding: Size = 1
+    dilation: Size = 1
     groups: int = 1
     residual: bool = True
     act: str = "relu"
@@ -49,20 +50,19 @@ class Case:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Input, weight, scale and shift."""
-        k = self.kernel
+        height, width = pair(self.kernel)
         return (
             torch.randn(self.shape).to(self.dtype).to(memory_format=torch.channels_last),
-            torch.randn(self.outputs, self.shape[1] // self.groups, k, k).to(self.dtype),
+            torch.randn(self.outputs, self.shape[1] // self.groups, height, width).to(self.dtype),
             torch.rand(self.outputs) + 0.5,
             torch.randn(self.outputs),
         )
 
     def program(self, weight: Tensor, scale: Tensor, shift: Tensor) -> Program:
         """The kernel under test."""
-        geometry = (
-            *[self.stride] * 2, *[self.padding] * 2, *[self.dilation] * 2, self.groups,
-        )  # fmt: skip
-        packed = pack(weight, scale, self.stride, self.groups, self.algorithm, pairs=self.pairs)
+        stride = pair(self.stride)
+        geometry = (*stride, *pair(self.padding), *pair(self.dilation), self.groups)
+        packed = pack(weight, scale, stride[0], self.groups, self.algorithm, pairs=self.pairs)
         conv = NativeConv(self.algorithm, packed, weight, scale, shift, geometry, ())
         return Program([(conv, Wired(0, 1 if self.residual else -1, self.act, 0.1))])
 
@@ -78,9 +78,12 @@ class Case:
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """(N, K, H', W')."""
-        reach = self.dilation * (self.kernel - 1) + 1
-        size = [(n + 2 * self.padding - reach) // self.stride + 1 for n in self.shape[2:]]
-        return self.shape[0], self.outputs, size[0], size[1]
+        ways = zip(
+            self.shape[2:], *map(pair, (self.kernel, self.stride, self.padding, self.dilation)),
+            strict=True,
+        )  # fmt: skip
+        height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in ways)
+        return self.shape[0], self.outputs, height, width
 
     def check(self, change: Callable[[Tensor], Tensor] = lambda x: x, draws: int = 1) -> None:
         """Hold the kernel to the precision policy, for an input that `change` has seen."""
@@ -110,6 +113,11 @@ class Case:
         if not actual.numel():
             return None
         return measured_by_policy(actual, eager, reference, "default", what=str(self), scale=size)
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """Of height and width."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 def may_run_direct(dtype: torch.dtype) -> bool:

@@ -118,6 +118,8 @@ def test_pool_keeps_a_dead_output_and_uses_it_again(empty_pool):
     assert second.data_ptr() == address
     assert not second.any()
     assert ops._pool_idle_bytes() == 0
+    third = ops._pool_zeros([2, 64, 64, 64], torch.float32)
+    assert third.data_ptr() != address, "the second is in use"
 
 
 @needs_native

@@ -40,7 +40,7 @@ def pairs(window: str) -> list[list[int]]:
 def image(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """With ties, and all that is not finite."""
     x = (noise(*shape) * 4).round().to(dtype) / 4
-    x[0, 0, 0, 0] = NAN
+    x[0, 0, 0, 0] = x[0, 0, 3, 2] = NAN  # first of a window, and behind others
     x[-1, -1, -1, -1] = -float("inf")
     x[0, 1] = -float("inf")
     return x.to(DEVICE, memory_format=torch.channels_last)

@@ -343,6 +343,18 @@ def test_scale_shift(
         assert_gradient_parity(pair, args)
 
 
+@EVERY_BACKEND
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_results_are_rounded_to_nearest(dtype: torch.dtype, backend: str) -> None:
+    """To even where two are as near: what float32's sums are stored as, bit for bit."""
+    eps = torch.finfo(dtype).eps
+    x, shift = noise(4, 33, 9, 8, dtype=dtype), noise(33)
+    x[:, 0] = 1 + eps * torch.arange(72).view(9, 8)
+    shift[0] = eps / 2
+    y = functional.scale_shift_act(x, torch.ones(33), shift, backend=backend)
+    assert torch.equal(y, (x.float() + shift.view(-1, 1, 1)).to(dtype))
+
+
 # --- bn_act --------------------
 
 BN_SHAPES = {

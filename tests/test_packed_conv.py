@@ -14,6 +14,7 @@ from conv_case import (
     NAN,
     SIZES,
     Case,
+    Size,
     corners,
     may_run_direct,
     rounds,
@@ -53,6 +54,36 @@ def test_every_edge_of_the_image(
     if min(size) + 2 * padding < 3:
         pytest.skip("no such convolution")
     Case(algorithm, (2, 20, *size), 40, stride=stride, padding=padding).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 16, 33])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((1, 7), 1, (0, 3), 1),
+        ((7, 1), 1, (3, 0), 1),
+        ((3, 5), (2, 1), (1, 2), (1, 2)),
+        ((2, 3), (1, 3), (0, 1), (3, 1)),
+        (1, (2, 1), (1, 0), 1),
+    ],
+)
+def test_unequal_height_and_width(
+    kernel: Size, stride: Size, padding: Size, dilation: Size, channels: int, dtype: torch.dtype
+) -> None:
+    if not may_run_direct(dtype):
+        pytest.skip("this processor has no AVX512_BF16")
+    pairs = dtype == torch.bfloat16
+    Case(
+        "direct", (2, channels, 12, 15), 40, kernel, stride, padding, dilation, dtype=dtype,
+        pairs=pairs,
+    ).check()  # fmt: skip
+
+
+def test_a_unit_of_work_ends_with_its_image() -> None:
+    """Images of more pixels than a unit, whose rows are cut into units evenly."""
+    for height in (23, 31, 40):
+        Case("direct", (3, 16, height, 30), 32).check()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

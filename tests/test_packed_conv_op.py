@@ -48,11 +48,19 @@ def block(batch: int, channels: int, size: int) -> tuple[Tensor, list[Case], lis
     return x, cases, wiring
 
 
+@pytest.mark.parametrize("outside", [False, True], ids=["", "outside"])
 @pytest.mark.parametrize(("batch", "channels", "size"), [(1, 24, 9), (0, 24, 9), (5, 64, 80)])
-def test_block_in_one_call_is_the_same_as_its_steps(batch: int, channels: int, size: int) -> None:
-    """Also where a batch is cut into several passes (batch 5: two, two and one image)."""
+def test_block_in_one_call_is_the_same_as_its_steps(
+    batch: int, channels: int, size: int, outside: bool
+) -> None:
+    """Also where a batch is cut into several passes (batch 5: two, two and one image), and where
+    the residual comes from `outside`.
+    """
     x, cases, wiring = block(batch, channels, size)
     convs, values = [], [x, None]
+    if outside:
+        given = torch.randn(cases[-1].output_shape).to(memory_format=torch.channels_last)
+        values[1], wiring[-1] = given, Wired(3, 1, "relu", 0.0)
     for case, wired in zip(cases, wiring, strict=True):
         _, weight, scale, shift = case.tensors()
         single = case.program(weight, scale, shift)
@@ -61,7 +69,7 @@ def test_block_in_one_call_is_the_same_as_its_steps(batch: int, channels: int, s
         convs.append(NativeConv(case.algorithm, packed, weight, scale, shift, geometry, ()))
         residual = None if wired.residual < 0 else values[wired.residual]
         values.append(single(values[wired.input], residual))  # type: ignore[arg-type]
-    together = Program(list(zip(convs, wiring, strict=True)))(x)
+    together = Program(list(zip(convs, wiring, strict=True)))(x, values[1])
     assert torch.equal(together, values[-1])  # type: ignore[arg-type]
 
 

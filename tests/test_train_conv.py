@@ -209,6 +209,14 @@ def test_blocks_beside_private_sums(channels: int) -> None:
     Step("winograd4", (4, channels, 32, 32), 64, stride=2).check()
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("algorithm", ["winograd4", "direct"])
+def test_sums_of_several_threads(algorithm: str, threads: int) -> None:
+    """Each thread adds up its images' weight gradient by itself."""
+    torch.set_num_threads(threads)
+    Step(algorithm, (6, 32, 30, 30), 64, before="silu", after="silu").check()
+
+
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("padding", [0, 1, 2])

@@ -57,6 +57,29 @@ def test_max_pool_of_an_activation(window: tuple[int, ...], dtype: torch.dtype) 
         assert float((actual.double() - exact).norm() / exact.norm()) < 1e-5
 
 
+def test_a_pooled_gradient_in_many_passes() -> None:
+    """A convolution's gradients of a batch that is taken a few images at a time."""
+    window = [3, 3, 2, 2, 1, 1, 1, 1]
+    x, z = (
+        torch.randn(7, channels, 60, 58).to(memory_format=torch.channels_last)
+        for channels in (96, 64)
+    )
+    weight = torch.randn(64, 96, 3, 3)
+    vectors = [torch.zeros(64), torch.ones(64), torch.ones(64), torch.zeros(64)]
+    output, positions = ops._train_pool(z, vectors, EPS, "none", 0.0, window)
+    grad = torch.randn(output.shape).to(memory_format=torch.channels_last)
+
+    def gradients(grad: torch.Tensor, positions: torch.Tensor | None) -> list[torch.Tensor]:
+        return ops._train_conv_backward(
+            grad, z, [], 0.0, "none", 0.0, 0, positions, [] if positions is None else window,
+            x, [], 0.0, "none", 0.0, weight, [1] * 6, None, "direct", "gemm",
+        )  # fmt: skip
+
+    spread = ops._max_unpool(grad, positions, z, window)
+    for actual, expected in zip(gradients(grad, positions), gradients(spread, None), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("window", [(256, 1), (16, 16), (1, 1 << 40)], ids=str)
 def test_a_window_has_no_more_pixels_than_a_byte_counts(window: tuple[int, int]) -> None:
     z = torch.zeros(1, 16, 300, 300).to(memory_format=torch.channels_last)

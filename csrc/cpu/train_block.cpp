@@ -272,10 +272,8 @@ std::vector<Tensor> train_block_backward(
     found[1 + 3 * at] = grad_weight;
     if (!needs_input) continue;
     grads[from] = grad_input;
-    const bool is_complete = std::none_of(
-        block.steps.begin(), block.steps.begin() + i,
-        [&](const Step& s) { return s.input == step.input || s.residual == step.input; });
-    if (!source.vectors.empty() && is_complete) sums[from] = {norm_weight_grad, norm_bias_grad};
+    // Of several readers the first comes last, and has the sums of all.
+    if (!source.vectors.empty()) sums[from] = {norm_weight_grad, norm_bias_grad};
   }
   if (needs[0] != 0 && grads[0]) found[0] = *grads[0];
   return found;

@@ -82,11 +82,10 @@ inline int floor_div(int a, int b) {
 }
 
 // One dimension of the geometry: how far apart lines of `size` (input) and `out_size` have to be.
-inline int line_pitch(int size, int out_size, int kernel, int stride, int padding, int dilation) {
-  const int first = floor_div(-padding, stride);
-  const int last = floor_div((kernel - 1) * dilation - padding, stride);
+// The last tap reaches no further than the next line's first, as out_size is what fits.
+inline int line_pitch(int size, int out_size, int stride, int padding) {
   const int widest = (size + stride - 1) / stride;  // of the smaller images
-  return std::max(out_size + std::max(last, 0), widest + std::max(-first, 0));
+  return std::max(out_size, widest - floor_div(-padding, stride));
 }
 
 // False where the kernels have no room for it: too many taps or places, or taps too
@@ -100,8 +99,8 @@ inline bool make_geometry(int images, int channels, int height, int width, int o
   g.out_height = (height + 2 * o.padding_h - o.dilation_h * (o.kernel_h - 1) - 1) / o.stride_h + 1;
   g.out_width = (width + 2 * o.padding_w - o.dilation_w * (o.kernel_w - 1) - 1) / o.stride_w + 1;
   g.stride_h = o.stride_h, g.stride_w = o.stride_w;
-  g.pitch = line_pitch(width, g.out_width, o.kernel_w, o.stride_w, o.padding_w, o.dilation_w);
-  g.rows = line_pitch(height, g.out_height, o.kernel_h, o.stride_h, o.padding_h, o.dilation_h);
+  g.pitch = line_pitch(width, g.out_width, o.stride_w, o.padding_w);
+  g.rows = line_pitch(height, g.out_height, o.stride_h, o.padding_h);
   g.by_pitch = Divider(g.pitch);
   const int64_t image = int64_t{g.pitch} * g.rows;
   if (images * image >= (int64_t{1} << 31) - (1 << 20)) return false;

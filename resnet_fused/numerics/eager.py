@@ -39,8 +39,8 @@ def fewest_pixels(case: BlockCase) -> int:
 
 
 def has_tails(case: BlockCase) -> bool:
-    """Whether a gradient of one draw may be off by any factor, as often in eager PyTorch: a ReLU
-    near its corner passes it or does not, and the variance of a few values is nearly zero.
+    """Whether one draw may be off by any factor, as often in eager PyTorch: a ReLU near its corner
+    passes a gradient or does not, and the variance of a few values is nearly zero.
     """
     if case.mode == "train" and fewest_pixels(case) * case.batch < FEW:
         return True

@@ -18,8 +18,8 @@ FAULTS = (
     Fault(
         "cuda_rows_share_no_padding",
         _CUDA + "conv_geometry.h",
-        "return std::max(out_size + std::max(last, 0), widest + std::max(-first, 0));",
-        "return std::max(out_size, widest + std::max(-first, 0));",
+        "return std::max(out_size, widest - floor_div(-padding, stride));",
+        "return std::max(out_size, widest);",
         _EVERY,
         "halo dropped between rows and images",
     ),
@@ -273,10 +273,10 @@ FAULTS = (
         "a term of batch norm's gradient missing",
     ),
     Fault(
-        "cuda_pooled_gradient_reads_the_first_pixel",
+        "cuda_pooled_gradient_reads_the_last_pixel",
         _CUDA + "train_pool.cu",
         "for (int j = 0; j < n; ++j) x[j] = found[j] == at ? v[j] : x[j];",
-        "for (int j = 0; j < n; ++j) x[j] = found[j] >= at ? v[j] : x[j];",
+        "for (int j = 0; j < n; ++j) x[j] = found[j] <= at ? v[j] : x[j];",
         _POOL,
         "value of another pixel than the one that was chosen",
     ),
