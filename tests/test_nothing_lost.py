@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import block_zoo
 import pytest
@@ -25,6 +26,7 @@ from train_case import smooth
 
 import resnet_fused
 from resnet_fused import fuse, unfuse
+from resnet_fused.graph import rewrite
 from resnet_fused.models.blocks import BasicBlock, Bottleneck, conv1x1
 
 # --- training, fused and unfused in turn --------------------
@@ -217,15 +219,21 @@ class Watch:
         return self._line
 
     def run(self, model: nn.Module) -> bool:
-        """Fuse it in place; whether that raised."""
+        """Fuse it in place; whether that raised.
+
+        Without the fused classes that earlier runs made: those are dropped whenever garbage is
+        collected, and each run must pass the same lines.
+        """
         before = sys.gettrace()
-        sys.settrace(self._call)
-        try:
-            fuse(model, inplace=True)
-        except Injected:
-            return True
-        finally:
-            sys.settrace(before)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rewrite, "_classes", WeakValueDictionary())
+            sys.settrace(self._call)
+            try:
+                fuse(model, inplace=True)
+            except Injected:
+                return True
+            finally:
+                sys.settrace(before)
         return False
 
 
