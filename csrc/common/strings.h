@@ -25,11 +25,11 @@ struct ToImpl<resnet_fused::Text> {
     const StringHandle handle = to<StringHandle>(value);
     const char* data = nullptr;
     size_t length = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
     resnet_fused::Text text;
     text.assign(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return text;
   }
 };

@@ -211,7 +211,7 @@ size_t checked_bytes(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
 Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype) {
   AtenTensorHandle handle;
   using torch::stable::detail::from;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

@@ -39,7 +39,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const Body& bo
     ~Part() { __tsan_release(&region.end); }
   };
   __tsan_release(&region);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
       begin, end, grain_size,
       [](int64_t first, int64_t last, void* context) {
         __tsan_acquire(context);
