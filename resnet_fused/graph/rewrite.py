@@ -49,16 +49,15 @@ def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
     Those that another thread has fused meanwhile keep what they have.
     """
     with _changing.here():
-        new = [module for module in plans if not isinstance(module, FusedModule)]
-        before = _remember(new)
+        before = _remember(plans, fused=False)
         try:
-            for module in new:
+            for module, *_ in before:
                 plan, excluded = plans[module]
                 vars(module)["_fused_excluded"] = dict(excluded)
                 vars(module)["_fused_low_memory"] = plan.low_memory
                 _attach(module, plan)
                 module.__class__ = _fused_class(type(module))
-            for module in new:
+            for module, *_ in before:
                 _attach(module, open_children(module, plans[module][0]))
         except BaseException:
             _put_back(before)
@@ -68,7 +67,7 @@ def apply(plans: Mapping[nn.Module, tuple[Plan, Mapping[str, str]]]) -> None:
 def remove(modules: Iterable[nn.Module]) -> None:
     """Give fused instances their classes and forwards back; all, or after an exception none."""
     with _changing.here():
-        before = _remember([module for module in modules if isinstance(module, FusedModule)])
+        before = _remember(modules, fused=True)
         try:
             for module, *_ in before:
                 for name in _own_names(module):
@@ -82,9 +81,17 @@ def remove(modules: Iterable[nn.Module]) -> None:
 _Before = list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
 
 
-def _remember(modules: Iterable[nn.Module]) -> _Before:
-    """Modules with their classes and our attributes."""
-    return [(m, type(m), {name: vars(m)[name] for name in _own_names(m)}) for m in modules]
+def _remember(modules: Iterable[nn.Module], *, fused: bool) -> _Before:
+    """The fused of these modules, or the others, with their classes and our attributes.
+
+    A function, since CPython 3.12 has a hole in its table of handlers where a comprehension with a
+    condition jumps back: an interrupt there, below a ``with``, would leave the lock closed.
+    """
+    return [
+        (m, type(m), {name: vars(m)[name] for name in _own_names(m)})
+        for m in modules
+        if isinstance(m, FusedModule) == fused
+    ]
 
 
 def _put_back(before: _Before) -> None:
