@@ -83,3 +83,21 @@ def test_kernels_are_compiled_ahead_and_not_launched(
     with pytest.raises(Exception, match=r"48|power"):
         run(bad)
     conv_bn_act.conv_kernel.device_caches.clear()
+
+
+def test_threads_that_met_in_the_parser_compile_again() -> None:
+    """CPython 3.11's parser says so by SystemError, of a source in which nothing is wrong."""
+    from resnet_fused.backends.triton import launch
+
+    left = [SystemError("AST constructor recursion depth mismatch (before=33, after=74)")] * 3
+
+    def compiled(name: str) -> str:
+        if left:
+            raise left.pop()
+        return name
+
+    with launch._Compilers(1) as threads:
+        assert threads.submit(compiled, name="kernel").result() == "kernel"
+        left += [SystemError("always")] * 100
+        with pytest.raises(SystemError, match="always"):
+            threads.submit(compiled, "kernel").result()

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -16,8 +16,10 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 Grid = Sequence[int]
+T = TypeVar("T")
 
 _THREADS = 8  # that compile at once; beyond, they wait for Python's lock
+_TRIES = 8
 
 _mode = threading.local()
 _launched: dict[str, Any] = {}
@@ -37,11 +39,28 @@ def compiling_ahead() -> Iterator[None]:
     One that does not compile raises where it is launched.
     """
     with (
-        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads,
+        _Compilers(min(_THREADS, os.cpu_count() or 1)) as threads,
         triton.AsyncCompileMode(threads, ignore_errors=True),
         _in_mode("compile"),
     ):
         yield
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile, and do so again where only their meeting in the parser was at fault.
+
+    All threads of CPython 3.11's ``ast.parse`` count one depth of recursion, and raise SystemError
+    if it is another one at their end (python/cpython#106905).
+    """
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        def run() -> T:
+            for _ in range(_TRIES - 1):
+                with contextlib.suppress(SystemError):
+                    return fn(*args, **kwargs)
+            return fn(*args, **kwargs)
+
+        return super().submit(run)
 
 
 @contextlib.contextmanager
